@@ -1,0 +1,193 @@
+"""The `vlm` command: one verb per step of the recipe. Parsing imports nothing heavy; a command is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def _call(target: str) -> Callable[..., Any]:
+    """Import `package.module:function` only when it is called."""
+
+    def run(**arguments: Any) -> Any:
+        module, function = target.split(":")
+        return getattr(importlib.import_module(module), function)(**arguments)
+
+    return run
+
+
+def _group(commands: Any, name: str, summary: str) -> Any:
+    group = commands.add_parser(name, help=summary, description=summary)
+    return group.add_subparsers(dest=f"{name}_command", required=True, metavar="COMMAND")
+
+
+def _command(commands: Any, name: str, target: str, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(run=_call(target))
+    return parser
+
+
+def _config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, metavar="YAML", help="resolved settings of the run")
+
+
+def _add_sources(commands: Any) -> None:
+    fetch = _command(commands, "fetch", "vlm.fetch.hub:fetch", "Bring a Hub repository or a local folder into place.")
+    fetch.add_argument("source", help="owner/name on the Hub, or a local folder")
+    fetch.add_argument("out", type=Path)
+    fetch.add_argument("--revision", default="main")
+    fetch.add_argument("--kind", choices=("model", "dataset"), default="model")
+
+    tiny = _group(commands, "tiny", "Make the miniature's pictures, texts and base models.")
+    data = _command(tiny, "data", "vlm.tiny.datasets:write", "Render the miniature data sets in the real layouts.")
+    _config(data)
+    data.add_argument("--out", type=Path, required=True)
+    for name, what in (("language", "language model and tokenizer"), ("vision", "vision model")):
+        model = _command(tiny, name, f"vlm.tiny.{name}:train", f"Train the miniature {what} from nothing.")
+        model.add_argument("--out", type=Path, required=True)
+        model.add_argument("--seed", type=int, default=0)
+        model.add_argument("--steps", type=int, default=None, help="optimizer steps (default: those of the model card)")
+        model.add_argument("--workers", type=int, default=0, help="processes that render samples")
+        model.add_argument("--device", default=None, help="default: cuda where present, else cpu")
+
+
+def _add_convert(commands: Any) -> None:
+    convert = _group(commands, "convert", "Between Hugging Face folders and Megatron checkpoints.")
+    for part in ("language", "vision"):
+        one = _command(convert, part, f"vlm.convert.{part}:convert", f"Convert a {part} model to a Megatron checkpoint.")
+        one.add_argument("source", type=Path, help="Hugging Face folder with config.json and safetensors")
+        one.add_argument("out", type=Path)
+    combine = _command(convert, "combine", "vlm.convert.combine:combine", "Join both models and a fresh projector.")
+    _config(combine)
+    combine.add_argument("--language", type=Path, required=True)
+    combine.add_argument("--vision", type=Path, required=True)
+    combine.add_argument("--out", type=Path, required=True)
+    verify = _command(convert, "verify", "vlm.convert.verify:verify", "Compare a combined checkpoint with transformers.")
+    verify.add_argument("--checkpoint", type=Path, required=True)
+    verify.add_argument("--language", type=Path, required=True, help="Hugging Face folder it was converted from")
+    verify.add_argument("--vision", type=Path, required=True, help="Hugging Face folder it was converted from")
+    verify.add_argument("--out", type=Path, required=True, help="JSON report")
+    verify.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute difference in fp32")
+
+
+def _add_data(commands: Any) -> None:
+    data = _group(commands, "data", "Training data: WebDataset shards and the Energon index.")
+    shard = _command(data, "shard", "vlm.data.shard:shard", "Write WebDataset shards of one data set.")
+    _config(shard)
+    shard.add_argument("--set", dest="set_name", required=True, help="name under data.sets")
+    shard.add_argument("--source", type=Path, required=True, help="folder with the annotations and images")
+    shard.add_argument("--out", type=Path, required=True)
+    index = _command(data, "index", "vlm.data.index:index", "Prepare shards for Energon, asking nothing.")
+    index.add_argument("directory", type=Path)
+
+
+def _add_train(commands: Any) -> None:
+    train = _command(commands, "train", "vlm.train.run:run", "Train one stage, resuming where it stopped.")
+    _config(train)
+    train.add_argument("--stage", required=True)
+    train.add_argument("--start-from", type=Path, required=True, help="checkpoint or folder of the stage before")
+    train.add_argument("--data", type=Path, required=True, help="folder that holds one indexed folder per data set")
+    train.add_argument("--out", type=Path, required=True, help="folder of the stage")
+
+
+def _add_generate(commands: Any) -> None:
+    tasks = _command(commands, "generate", "vlm.generate.tasks:generate", "Answer every item of an evaluation task.")
+    _config(tasks)
+    tasks.add_argument("--checkpoint", type=Path, required=True)
+    tasks.add_argument("--task", choices=("captions", "captions_shuffled", "mmmu"), required=True)
+    tasks.add_argument("--source", type=Path, required=True, help="folder of the evaluation data")
+    tasks.add_argument("--out", type=Path, required=True, help="JSON lines, continued where they stop")
+    ask = _command(commands, "ask", "vlm.generate.ask:ask", "Answer one question about one picture.")
+    ask.add_argument("--checkpoint", type=Path, required=True, help="Megatron checkpoint or exported folder")
+    ask.add_argument("--image", type=Path, action="append", default=[], help="once per picture")
+    ask.add_argument("--prompt", required=True)
+    ask.add_argument("--max-new-tokens", type=int, default=64)
+
+
+def _add_score(commands: Any) -> None:
+    score = _group(commands, "score", "Score predictions; needs neither torch nor a GPU.")
+    captions = _command(score, "captions", "vlm.evaluate.captions:score", "CIDEr, BLEU, METEOR and ROUGE-L.")
+    captions.add_argument("--annotations", type=Path, required=True, help="COCO captions file")
+    captions.add_argument("--predictions", type=Path, required=True, help="COCO results list, or generated JSON lines")
+    captions.add_argument("--output", type=Path, required=True)
+    mmmu = _command(score, "mmmu", "vlm.evaluate.mmmu:score", "MMMU accuracy per subject, domain and overall.")
+    mmmu.add_argument("--answers", type=Path, required=True, help="answer_dict_val.json")
+    mmmu.add_argument("--predictions", type=Path, required=True)
+    mmmu.add_argument("--output", type=Path, required=True)
+    mmmu.add_argument("--fallback", choices=("first", "random", "wrong"), default="random")
+    mmmu.add_argument("--seed", type=int, default=0)
+    controls = _command(score, "controls", "vlm.evaluate.controls:predict", "Captions of a control, to be scored.")
+    _config(controls)
+    controls.add_argument("--control", choices=("random", "nearest", "reference"), required=True)
+    controls.add_argument("--source", type=Path, required=True, help="folder of the caption evaluation data")
+    controls.add_argument("--train", type=Path, required=True, help="folder of the caption training data")
+    controls.add_argument("--out", type=Path, required=True, help="COCO results list")
+    controls.add_argument("--annotations-out", type=Path, default=None, help="references left for `reference`")
+    table = _command(score, "table", "vlm.evaluate.table:write", "Gather all scores of a run in one CSV table.")
+    _config(table)
+    table.add_argument("--scores", type=Path, required=True, help="folder of the score files")
+    table.add_argument("--out", type=Path, required=True)
+
+
+def _add_export(commands: Any) -> None:
+    export = _command(commands, "export", "vlm.export.llava:export", "Write a transformers LLaVA folder.")
+    export.add_argument("checkpoint", type=Path)
+    export.add_argument("out", type=Path)
+
+
+def _add_report(commands: Any) -> None:
+    report = _group(commands, "report", "Pictures and pages of the report.")
+    curves = _command(report, "curves", "vlm.report.curves:draw", "Draw the loss curves of the stages.")
+    curves.add_argument("--metrics", type=Path, nargs="+", required=True, help="metrics.jsonl per stage")
+    curves.add_argument("--out", type=Path, required=True)
+    scores = _command(report, "scores", "vlm.report.scores:draw", "Draw the scores beside their controls.")
+    scores.add_argument("--table", type=Path, required=True)
+    scores.add_argument("--out", type=Path, required=True)
+    gallery = _command(report, "gallery", "vlm.report.gallery:write", "A page of held-out pictures and what was said.")
+    _config(gallery)
+    gallery.add_argument("--sources", type=Path, required=True, help="folder of the evaluation data sets")
+    gallery.add_argument("--generated", type=Path, required=True, help="folder of the generated JSON lines")
+    gallery.add_argument("--out", type=Path, required=True)
+    summary = _command(report, "summary", "vlm.report.summary:show", "Print the scores and what to open.")
+    summary.add_argument("--table", type=Path, required=True)
+    summary.add_argument("--report", type=Path, required=True)
+    summary.add_argument("--gallery", type=Path, required=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="vlm", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (
+        _add_sources,
+        _add_convert,
+        _add_data,
+        _add_train,
+        _add_generate,
+        _add_score,
+        _add_export,
+        _add_report,
+    ):
+        add(commands)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. A mistake of the user's prints one message and exits 2; a bug keeps its traceback."""
+    arguments = vars(parser().parse_args(argv))
+    run = arguments.pop("run")
+    for name in [key for key in arguments if key == "command" or key.endswith("_command")]:
+        del arguments[name]
+    try:
+        code = run(**arguments)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"vlm: {error}", file=sys.stderr)
+        return 2
+    return int(code or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
