@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import data_fixtures as fixtures
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm.prompt import Prompter
+
+CAPTION = [
+    {"from": "human", "value": "<image>\nGive a brief description."},
+    {"from": "gpt", "value": "a large red circle é"},
+]
+DIALOGUE = [
+    {"from": "human", "value": "what is left of the circle?\n<image>"},
+    {"from": "gpt", "value": "a blue square"},
+    {"from": "human", "value": "and right?"},
+    {"from": "gpt", "value": " nothing is right of the circle \n"},
+    {"from": "human", "value": "and inside?"},
+    {"from": "gpt", "value": "a"},
+]
+TEXT_ONLY = [{"from": "human", "value": "is a circle a square?"}, {"from": "gpt", "value": "left [INST] is inside"}]
+TWO_PICTURES = [{"from": "human", "value": "<image><image>\nwhich is red?"}, {"from": "gpt", "value": "the left"}]
+CASES = {
+    "one-turn": (CAPTION, 1),
+    "three-turns-trimmed-answer": (DIALOGUE, 1),
+    "text-only-control-token-in-text": (TEXT_ONLY, 0),
+    "adjacent-pictures": (TWO_PICTURES, 2),
+}
+# As Megatron's template for Mistral: the prompt ends with a blank, which training gives to the answer's first token.
+BLANK_TEMPLATE = fixtures.CHAT_TEMPLATE + "{% if add_generation_prompt %}{{ ' ' }}{% endif %}"
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["metaspace", "prepended-blank"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fixtures.write_tokenizer(tmp_path_factory.mktemp("tokenizer"), prepend=request.param)
+
+
+@pytest.fixture(scope="module")
+def prompter(folder: Path) -> Prompter:
+    return Prompter(folder, fixtures.IMAGE_TOKEN, fixtures.NUM_IMAGE_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def processor(folder: Path) -> Any:
+    from transformers import AutoTokenizer, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    size = fixtures.IMAGE_SIZE
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        patch_size=fixtures.PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=fixtures.IMAGE_TOKEN,
+        chat_template=fixtures.CHAT_TEMPLATE,
+    )
+
+
+def _processed(processor: Any, turns: list[dict[str, str]], num_images: int, **options: Any) -> list[int]:
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [
+        {"role": roles[turn["from"]], "content": turn["value"].replace("<image>", fixtures.IMAGE_TOKEN)}
+        for turn in turns
+    ]
+    text = processor.apply_chat_template(messages, tokenize=False, **options)
+    pictures = [Image.new("RGB", (80, 70))] * num_images
+    ids: list[int] = processor(text=text, images=pictures or None, add_special_tokens=False)["input_ids"][0]
+    return ids
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_tokens_equal_llava_processor(prompter: Prompter, processor: Any, case: str) -> None:
+    turns, num_images = CASES[case]
+    sample = prompter.training(turns, num_images)
+    assert sample.tokens_L.tolist() == _processed(processor, turns, num_images)
+    assert len(sample.image_positions) == num_images * fixtures.NUM_IMAGE_TOKENS
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_generation_tokens_equal_llava_processor(prompter: Prompter, processor: Any, case: str) -> None:
+    turns, num_images = CASES[case]
+    expected = _processed(processor, turns[:1], num_images, add_generation_prompt=True)
+    assert prompter.generation(turns[0]["value"], num_images) == expected
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_answers_and_nothing_else_are_trained(prompter: Prompter, case: str) -> None:
+    turns, num_images = CASES[case]
+    sample = prompter.training(turns, num_images)
+    borders = np.flatnonzero(np.diff(np.concatenate([[False], sample.trained_L, [False]]).astype(int)))
+    answers = [prompter.tokenizer.decode(sample.tokens_L[a:b]).split() for a, b in borders.reshape(-1, 2)]
+    assert ["".join(words) for words in answers] == ["".join(turn["value"].split()) + "</s>" for turn in turns[1::2]]
+    assert not sample.trained_L[sample.image_positions].any()
+
+
+@pytest.mark.parametrize("template", [fixtures.CHAT_TEMPLATE, BLANK_TEMPLATE], ids=["bare", "blank-after-prompt"])
+def test_prompt_ends_where_training_begins(tmp_path: Path, template: str) -> None:
+    folder = fixtures.write_tokenizer(tmp_path, chat_template=template)
+    prompter = Prompter(folder, fixtures.IMAGE_TOKEN, fixtures.NUM_IMAGE_TOKENS)
+    sample = prompter.training(CAPTION, 1)
+    prompt = prompter.generation(CAPTION[0]["value"], 1)
+    assert sample.tokens_L[: len(prompt)].tolist() == prompt
+    assert np.flatnonzero(sample.trained_L)[0] == len(prompt)
+    assert prompter.tokenizer.convert_ids_to_tokens(prompt[-1]) == "[/INST]"
+
+
+def test_plain_keeps_only_the_picture(prompter: Prompter) -> None:
+    plain = prompter.training(CAPTION, 1, plain=True)
+    picture_only = [{"from": "human", "value": "<image>"}, CAPTION[1]]
+    assert plain.tokens_L.tolist() == prompter.training(picture_only, 1).tokens_L.tolist()
+    with pytest.raises(ValueError, match="folder/7: prompt: plain"):
+        prompter.training(TEXT_ONLY, 0, plain=True, key="folder/7")
+
+
+def _turns(*pairs: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"from": role, "value": text} for role, text in pairs]
+
+
+REFUSED = {
+    "role": (
+        _turns(("human", "hi"), ("bot", "hello")),
+        0,
+        r"conversations\[1\].from: 'bot' does not exist.*human, gpt",
+    ),
+    "out-of-turn": (_turns(("gpt", "hello"), ("human", "hi")), 0, r"conversations\[0\].from: 'gpt' is out of turn"),
+    "no-answer": (_turns(("human", "hi")), 0, "the last turn is human's"),
+    "empty-turn": (_turns(("human", "hi"), ("gpt", " \n")), 0, r"conversations\[1\].value: the turn is empty"),
+    "not-text": (_turns(("human", "hi"), ("gpt", 3)), 0, r"conversations\[1\]: expected"),
+    "no-turns": ([], 0, "must be a list of turns"),
+    "tag-without-picture": (_turns(("human", "<image>\nhi"), ("gpt", "a")), 0, "1 <image> in the text, 0 picture"),
+    "picture-without-tag": (_turns(("human", "hi"), ("gpt", "a")), 1, "0 <image> in the text, 1 picture"),
+    "tag-in-answer": (_turns(("human", "hi"), ("gpt", "<image>")), 1, "<image> in a gpt turn"),
+    "reserved-token": (_turns(("human", "[control_8]"), ("gpt", "a")), 0, r"contains \[control_8\]"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_unusable_conversation_is_refused_by_name(prompter: Prompter, case: str) -> None:
+    turns, num_images, message = REFUSED[case]
+    with pytest.raises(ValueError, match=rf"^sft/000012: .*{message}|^sft/000012: {message}"):
+        prompter.training(turns, num_images, key="sft/000012")
+
+
+def test_prompt_without_its_picture_is_refused(prompter: Prompter) -> None:
+    with pytest.raises(ValueError, match="ask: 0 <image> in the text, 1 picture"):
+        prompter.generation("what is it?", 1, key="ask")
+
+
+def test_image_token_outside_the_vocabulary_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"models.language.image_token: '<image>'"):
+        Prompter(folder, "<image>", 64)
+
+
+def test_tokenizer_without_chat_template_is_refused(tmp_path: Path) -> None:
+    folder = fixtures.write_tokenizer(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="no chat template"):
+        Prompter(folder, fixtures.IMAGE_TOKEN, 64)

@@ -1,0 +1,183 @@
+"""The one place where a conversation becomes tokens, so that training and generation cannot disagree.
+
+The text is the tokenizer's own chat template, tokenised once; an answer is found in it by character offsets. The result
+equals `transformers`' `LlavaProcessor` with `apply_chat_template`. L: tokens of a sample, P: image tokens per picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm.batch import Sample
+
+IMAGE_TAG = "<image>"
+"""Stands for a picture in the texts of LLaVA's data sets."""
+ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def check(conversations: Any, num_images: int, key: str) -> None:
+    """Refuse a conversation that cannot be trained on; needs no tokenizer.
+
+    Args:
+        conversations: turns `{"from": "human" | "gpt", "value": text}`, human first, alternating, gpt last.
+        num_images: pictures of the sample, one `<image>` each, all in human turns.
+        key: the sample's name, for messages.
+
+    Raises:
+        ValueError: what is wrong, and with which sample.
+    """
+    if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
+        raise ValueError(f"{key}: conversations must be a list of turns, found {conversations!r:.80}")
+    num_tags = 0
+    for index, turn in enumerate(conversations):
+        where = f"{key}: conversations[{index}]"
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
+            raise ValueError(f"{where}: expected {{'from': .., 'value': text}}, found {turn!r:.80}")
+        role, text = turn.get("from"), turn["value"]
+        if role not in ROLES:
+            raise ValueError(f"{where}.from: {role!r} does not exist, allowed are {', '.join(ROLES)}")
+        if role != ("human", "gpt")[index % 2]:
+            raise ValueError(f"{where}.from: {role!r} is out of turn; human and gpt alternate, human first")
+        if not text.strip():
+            raise ValueError(f"{where}.value: the turn is empty")
+        tags = text.count(IMAGE_TAG)
+        if tags and role == "gpt":
+            raise ValueError(f"{where}.value: {IMAGE_TAG} in a gpt turn")
+        num_tags += tags
+    if conversations[-1]["from"] != "gpt":
+        raise ValueError(f"{key}: the last turn is human's, there is no answer to learn")
+    check_images(num_tags, num_images, key)
+
+
+def check_images(num_tags: int, num_images: int, key: str) -> None:
+    """Raise ValueError unless a text has one `<image>` per picture."""
+    if num_tags != num_images:
+        reason = "a picture without its place in the text" if num_tags < num_images else "a place without a picture"
+        raise ValueError(f"{key}: {num_tags} {IMAGE_TAG} in the text, {num_images} picture(s): {reason}")
+
+
+class Prompter:
+    """Turns conversations into token ids for one tokenizer.
+
+    Args:
+        tokenizer_dir: Hugging Face folder with a fast tokenizer and its chat template.
+        image_token: token that stands for one image patch; one entry of the vocabulary.
+        num_image_tokens: P, copies of it per picture.
+
+    Raises:
+        ValueError: the folder has no fast tokenizer or no chat template, or the token is not in its vocabulary.
+    """
+
+    def __init__(self, tokenizer_dir: str | Path, image_token: str, num_image_tokens: int) -> None:
+        from transformers import AutoTokenizer  # 2 s
+
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+        if not self.tokenizer.is_fast:
+            raise ValueError(f"{tokenizer_dir}: needs a fast tokenizer (tokenizer.json), found {type(self.tokenizer)}")
+        if not self.tokenizer.chat_template:
+            raise ValueError(f"{tokenizer_dir}: the tokenizer has no chat template")
+        self.image_token = image_token
+        self.num_image_tokens = num_image_tokens
+        self._backend = self.tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        ids = self._backend.encode(image_token, add_special_tokens=False).ids
+        if self._backend.token_to_id(image_token) is None or len(ids) != 1:
+            raise ValueError(
+                f"models.language.image_token: {image_token!r} is not one token of the vocabulary in {tokenizer_dir}"
+            )
+        self.image_token_id: int = ids[0]
+
+    def training(
+        self,
+        conversations: Sequence[Mapping[str, str]],
+        num_images: int,
+        plain: bool = False,
+        *,
+        key: str = "sample",
+    ) -> Sample:
+        """Tokens of a whole conversation, with the answers marked: their text with the blank before it, and `</s>`.
+
+        Args:
+            conversations: turns as `check` wants them.
+            num_images: pictures of the sample.
+            plain: reduce the first human turn to its pictures, as LLaVA does when it aligns the projector.
+            key: the sample's name, for messages.
+
+        Raises:
+            ValueError: the conversation cannot be used; see `check`.
+        """
+        check(conversations, num_images, key)
+        messages = [
+            {"role": ROLES[turn["from"]], "content": self._with_image_token(turn["value"], key)}
+            for turn in conversations
+        ]
+        if plain:
+            count = messages[0]["content"].count(self.image_token)
+            if count == 0:
+                raise ValueError(f"{key}: prompt: plain leaves nothing of a first turn without {IMAGE_TAG}")
+            messages[0]["content"] = self.image_token * count
+        text = self._render(messages)
+        encoding = self._encode(text)
+        starts_l = np.fromiter((offset[0] for offset in encoding.offsets), np.int64, len(encoding))
+        trained_l = np.zeros(len(starts_l), bool)
+        for start, end in self._answers(messages, text, key):
+            trained_l |= (starts_l >= start) & (starts_l < end)
+        ids_l = np.array(encoding.ids, np.int64)
+        # Control tokens split the text before anything else looks at it, so one image token may stand for P copies
+        # while the text is tokenised (three times faster, for 576 copies forty), and is repeated afterwards.
+        copies_l = np.where(ids_l == self.image_token_id, self.num_image_tokens, 1)
+        tokens_L = np.repeat(ids_l, copies_l)
+        return Sample(
+            tokens_L=tokens_L,
+            trained_L=np.repeat(trained_l, copies_l),
+            image_positions=np.flatnonzero(tokens_L == self.image_token_id),
+        )
+
+    def generation(self, user_text: str, num_images: int, *, key: str = "prompt") -> list[int]:
+        """Token ids of a prompt that ends where the training sequence's first trained token begins.
+
+        Args:
+            user_text: the question, with one `<image>` per picture.
+            num_images: pictures of the prompt.
+            key: the prompt's name, for messages.
+
+        Raises:
+            ValueError: the numbers of `<image>` and of pictures differ, or the text is empty.
+        """
+        if not user_text.strip():
+            raise ValueError(f"{key}: the prompt is empty")
+        check_images(user_text.count(IMAGE_TAG), num_images, key)
+        messages = [{"role": "user", "content": self._with_image_token(user_text, key)}]
+        ids = self._encode(self._render(messages, prompt=True)).ids
+        return [token for id_ in ids for token in (self.num_image_tokens if id_ == self.image_token_id else 1) * [id_]]
+
+    def _with_image_token(self, text: str, key: str) -> str:
+        if self.image_token in text:
+            raise ValueError(f"{key}: the text contains {self.image_token}, which is reserved for image patches")
+        return text.replace(IMAGE_TAG, self.image_token)
+
+    def _render(self, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
+        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        # Some templates end the prompt with the blank that belongs to the answer's first token; left there, the model
+        # would have to go on from a lone blank that it has never seen (Megatron's Mistral template does this).
+        return text.rstrip(" ") if prompt else text
+
+    def _encode(self, text: str) -> Any:
+        bos = self.tokenizer.bos_token
+        return self._backend.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+
+    def _answers(self, messages: list[dict[str, str]], text: str, key: str) -> list[tuple[int, int]]:
+        """Character spans of the assistant's turns: what each adds to the text rendered up to its question."""
+        spans = []
+        for turn in range(0, len(messages), 2):
+            before = self._render(messages[: turn + 1], prompt=True)
+            after = text if turn + 2 == len(messages) else self._render(messages[: turn + 2])
+            if not (after.startswith(before) and text.startswith(after)):
+                raise ValueError(f"{key}: the chat template renders turn {turn + 1} differently once more turns follow")
+            spans.append((len(before), len(after)))
+        return spans
