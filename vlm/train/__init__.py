@@ -1,0 +1,1 @@
+"""Train one stage: megatron-core's optimizer and schedules around `vlm.model`, resuming to the bit where it stopped."""
