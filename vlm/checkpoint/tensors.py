@@ -1,0 +1,154 @@
+"""The tensors of a distributed checkpoint as a stream, one at a time, without a model and without process groups.
+
+megatron-core's `torch_dist` format is that of `torch.distributed.checkpoint` (`.metadata` and `*.distcp`) with two
+small files beside: `metadata.json`, which names the format, and `common.pt`, for what is not sharded. Keys carry the
+number of their layer (megatron-core's `non_homogeneous_layers`), so that a model with fewer layers reads what it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+from vlm.checkpoint import places
+
+Spec = tuple[torch.dtype, tuple[int, ...]]
+METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
+"""How megatron-core names and shards what it saves; stored with the checkpoint."""
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+class _StreamPlanner(dcp.DefaultSavePlanner):
+    """Announces tensors by type and shape, and makes each only when it is written."""
+
+    def __init__(self, specs: Mapping[str, Spec], make: Callable[[str], Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._specs, self._make = specs, make
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([_item(key, dtype, torch.Size(shape)) for key, (dtype, shape) in self._specs.items()])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        tensor = self._make(index.fqn).detach()
+        dtype, shape = self._specs[index.fqn]
+        assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape), (index.fqn, tensor.dtype, tensor.shape)
+        return tensor
+
+
+def _item(key: str, dtype: torch.dtype, shape: torch.Size) -> WriteItem:
+    offsets = torch.Size([0] * len(shape))
+    return WriteItem(
+        index=MetadataIndex(key, offsets),
+        type=WriteItemType.TENSOR,
+        tensor_data=TensorWriteData(ChunkStorageMetadata(offsets, shape), TensorProperties(dtype=dtype), shape),
+    )
+
+
+def write_tensors(folder: Path, specs: Mapping[str, Spec], make: Callable[[str], Tensor]) -> None:
+    """Write a distributed checkpoint into an empty folder.
+
+    Args:
+        folder: see `vlm.checkpoint.writing`.
+        specs: type and global shape per key, in the order of writing.
+        make: returns the tensor of a key; called once per key, and its result is dropped after writing.
+    """
+    # copy_ahead 0: the next tensor is made after the last one is written, also where CUDA is present.
+    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0)
+    with _alone():
+        dcp.save({}, storage_writer=writer, planner=_StreamPlanner(specs, make), no_dist=True)
+    torch.save({"content_metadata": METADATA}, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps(_FORMAT))
+
+
+class _alone(warnings.catch_warnings):
+    """Silences the warning that no process group is there: that is meant."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads `.metadata` once instead of once per tensor."""
+
+    @cached_property
+    def _metadata(self) -> Metadata:
+        return super().read_metadata()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+
+def stored(folder: Path) -> dict[str, Spec]:
+    """Type and global shape of every tensor of one folder, without its parents.
+
+    Raises:
+        ValueError: the files of the distributed checkpoint are missing.
+    """
+    return _specs(_reader(folder))
+
+
+def _reader(folder: Path) -> _Reader:
+    for name in (".metadata", "metadata.json", "common.pt"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: is missing, the checkpoint is not complete")
+    return _Reader(folder)
+
+
+def _specs(reader: _Reader) -> dict[str, Spec]:
+    tensors = reader.read_metadata().state_dict_metadata
+    return {
+        key: (item.properties.dtype, tuple(item.size))
+        for key, item in tensors.items()
+        if isinstance(item, TensorStorageMetadata)
+    }
+
+
+class Tensors:
+    """Weights of a checkpoint and, for parts it does not hold, of those it was trained from."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a checkpoint (see `vlm.checkpoint.resolve`) and its parents.
+
+        Raises:
+            ValueError: a checkpoint of the chain is missing or incomplete.
+        """
+        self.links = places.chain(path)
+        self.specs: dict[str, Spec] = {}
+        self.folders: dict[str, Path] = {}
+        self._readers: dict[Path, _Reader] = {}
+        for folder, manifest in self.links:
+            self._readers[folder] = _reader(folder)
+            for key, spec in _specs(self._readers[folder]).items():
+                if key.split(".")[0] in manifest.parts and key not in self.specs:
+                    self.specs[key], self.folders[key] = spec, folder
+
+    def read(self, key: str) -> Tensor:
+        """One whole tensor in its stored type, however many ranks wrote it."""
+        dtype, shape = self.specs[key]
+        state = {key: torch.empty(shape, dtype=dtype)}
+        with _alone():
+            dcp.load(state, storage_reader=self._readers[self.folders[key]], no_dist=True)
+        return state[key]

@@ -1,0 +1,1 @@
+"""From Hugging Face folders to Megatron checkpoints: convert, combine, and compare with `transformers`."""
