@@ -1,0 +1,147 @@
+"""The language model: megatron-core's GPTModel with positions given per token and a head that sees only chosen rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional
+
+from vlm.model.layers import rotary_table
+from vlm.model.sizes import LanguageSizes
+from vlm.model.specs import TorchSpecs
+
+
+class LanguageModel(GPTModel):
+    """A Mistral or Llama decoder.
+
+    Shapes: B batch, S sequence, D hidden, K head dim, R chosen rows, V vocabulary, padded to what tensor parallelism
+    needs in the weights and cut to the model's own in results.
+    """
+
+    def __init__(
+        self,
+        sizes: LanguageSizes,
+        config: TransformerConfig,
+        specs: TorchSpecs,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+    ) -> None:
+        tensor = config.tensor_model_parallel_size
+        super().__init__(
+            config,
+            specs.block(config.num_layers // config.pipeline_model_parallel_size, causal=True, gated=True),
+            vocab_size=-(-sizes.vocab_size // tensor) * tensor,
+            max_sequence_length=sizes.max_positions,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=sizes.tied_embeddings,
+            position_embedding_type="none",  # rotary_table is ours; nothing is added to the embeddings
+            scatter_embedding_sequence_parallel=False,  # pictures are placed before the sequence is sharded
+        )
+        self.sizes = sizes
+        self._specs = specs
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """Token embeddings [B, S, D]."""
+        return self.embedding.word_embeddings(tokens_BS)
+
+    def hidden(
+        self,
+        embeddings_SBD: Tensor | None,
+        positions_BS: Tensor,
+        *,
+        packed: PackedSeqParams | None = None,
+        hidden_mask: Tensor | None = None,
+        inference_context: Any = None,
+    ) -> Tensor:
+        """Run the layers.
+
+        Args:
+            embeddings_SBD: None on a pipeline stage that receives its input.
+            positions_BS: int64, for rotation only; attention follows the order of the sequence.
+            packed: borders of the samples where B = 1 sequence holds many.
+            hidden_mask: bool [B, 1, S, S'], True where query S must not see key S'; without it attention is causal.
+            inference_context: key/value cache, read and appended to.
+
+        Returns:
+            [S, B, D], normed on the last pipeline stage; sharded along S under sequence parallelism.
+        """
+        if embeddings_SBD is not None and self.config.sequence_parallel:
+            embeddings_SBD = scatter_to_sequence_parallel_region(embeddings_SBD)
+        table = rotary_table(positions_BS, self.sizes.head_dim, self.sizes.rope_theta, self.config.params_dtype)
+        return self.decoder(
+            hidden_states=embeddings_SBD,
+            attention_mask=hidden_mask,
+            inference_context=inference_context,
+            rotary_pos_emb=table,
+            packed_seq_params=packed,
+        )
+
+    def losses(self, hidden_SBD: Tensor, rows_R: Tensor, targets_R: Tensor) -> Tensor:
+        """Cross-entropy, float32 [R], of the flat rows s * B + b alone: the head never sees the others."""
+        if self.config.sequence_parallel:
+            # The loss returns the complete gradient on every rank, so gathering splits it instead of summing.
+            hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
+        chosen_RD = hidden_SBD.flatten(0, 1).index_select(0, rows_R)
+        return self._specs.linear_cross_entropy(chosen_RD, self._head(), targets_R, group=self.pg_collection.tp)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[.., D] to float32 [.., V] over the whole vocabulary, on every tensor-parallel rank."""
+        parts = functional.linear(hidden, self._head())
+        if self.pg_collection.tp.size() > 1:
+            parts = gather_from_tensor_model_parallel_region(parts)
+        return parts[..., : self.sizes.vocab_size].float()
+
+    def _head(self) -> Tensor:
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Layers by number, `decoder.layers.3.mlp...`, instead of stacked, so that names equal the parameters'."""
+        return super().sharded_state_dict(prefix, sharded_offsets, numbered(metadata))
+
+
+def numbered(metadata: dict[str, Any] | None) -> dict[str, Any]:
+    """Checkpoint metadata under which megatron-core names every layer by its number."""
+    return {**(metadata or {}), "non_homogeneous_layers": True}
+
+
+def packed_sequence(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
+    """megatron-core's description of samples laid one after the other."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+    )
+
+
+def hidden_keys(num_queries: int, key_mask_BK: Tensor) -> Tensor:
+    """Which keys each query must not see, bool [B, 1, S, S'], the queries being the last S of the S' keys.
+
+    Args:
+        num_queries: S.
+        key_mask_BK: bool [B, S'], True where the key is a real token.
+
+    A query always sees itself: a padded row that saw nothing would become NaN and, as a key, spread.
+    """
+    num_keys = key_mask_BK.shape[1]
+    keys = torch.arange(num_keys, device=key_mask_BK.device)
+    queries = keys[num_keys - num_queries :, None]
+    visible = (keys < queries) & key_mask_BK[:, None, None, :] | (keys == queries)
+    return ~visible

@@ -1,0 +1,213 @@
+"""The pieces that fill megatron-core's slots: norms, rotary self-attention, activations and residual adds.
+
+They keep megatron-core's parameter names, so its checkpoints and sharding apply unchanged.
+Shapes: S sequence, B batch, T packed tokens (B = 1), D hidden, H query heads, G key/value heads, K head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import vlm_kernels
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import attention as core
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional
+
+
+class Norm(torch.nn.Module):
+    """RMSNorm or LayerNorm as `config.normalization` says.
+
+    megatron-core's WrappedTorchNorm refuses sequence parallelism (transformer/torch_norm.py:32); here the parameters
+    carry the mark by which finalize_model_grads sums their partial gradients.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.shape = (hidden_size,)
+        device = "cpu" if config.use_cpu_initialization else "cuda"
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.bias: torch.nn.Parameter | None = None
+        if config.normalization == "LayerNorm":
+            self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype, device=device))
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            return functional.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+        return functional.rms_norm(x, self.shape, self.weight, self.eps)
+
+
+class CoreAttention(torch.nn.Module):
+    """megatron-core's core-attention slot around `attention`, a function with the signature of vlm_kernels.attention."""
+
+    attention: Callable[..., Tensor] = staticmethod(vlm_kernels.attention)
+
+    def __init__(self, config: TransformerConfig, attn_mask_type: AttnMaskType, **_: Any) -> None:
+        super().__init__()
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = config.softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """[S, B, H, K] or packed [T, H, K] to [S, B, H * K] or [T, H * K].
+
+        `attention_mask` is bool, True where a key is hidden, as in megatron-core; it replaces the mask type. It serves
+        decoding, where queries and keys differ in number and prompts are padded.
+        """
+        if attention_mask is not None:
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            out = functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=~attention_mask, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            return out.permute(2, 0, 1, 3).flatten(2)
+        out = type(self).attention(
+            query,
+            key,
+            value,
+            causal=(attn_mask_type or self.attn_mask_type) == AttnMaskType.causal,
+            cu_seqlens=packed_seq_params.cu_seqlens_q if packed_seq_params else None,
+            max_seqlen=packed_seq_params.max_seqlen_q if packed_seq_params else None,
+            softmax_scale=self.softmax_scale,
+        )
+        return out.flatten(-2)
+
+
+class SelfAttention(core.SelfAttention):
+    """megatron-core's self-attention with rotary positions given per token.
+
+    megatron-core derives positions from `cu_seqlens` with two host synchronisations per layer, recomputes cosines in
+    every layer, and caches keys before rotating them, so that each decoded token rotates the whole cache again
+    (rope_utils.py:190-240, attention.py:575). Here `rotary_pos_emb` holds cosines and sines of every token, computed
+    once per batch (`rotary_table`), and keys are cached as rotated.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        inference_context: Any = None,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        query, key, value = self._heads(hidden_states, rotary_pos_emb)
+        mask_type = self.attn_mask_type
+        if inference_context is not None:
+            if inference_context.sequence_len_offset > 0:
+                mask_type = AttnMaskType.no_mask
+            key, value = self._cached(inference_context, key, value)
+        if packed_seq_params is not None:
+            query, key, value = (x.squeeze(1) for x in (query, key, value))
+        arguments = {"attn_mask_type": mask_type, "packed_seq_params": packed_seq_params}
+        out = self.core_attention(query, key, value, attention_mask, **arguments)
+        if packed_seq_params is not None:
+            out = out.unsqueeze(1)
+        return self.linear_proj(out)
+
+    def _heads(self, hidden_states: Tensor, rotary_pos_emb: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[S, B, D] to query [S, B, H, K], key and value [S, B, G, K] of this rank."""
+        mixed, _ = self.linear_qkv(hidden_states)  # [S, B, G * (H/G + 2) * K]: per group its queries, key, value
+        groups = self.num_query_groups_per_partition
+        per_group = self.num_attention_heads_per_partition // groups
+        mixed = mixed.view(*mixed.shape[:2], groups, per_group + 2, self.hidden_size_per_attention_head)
+        rotated, value = mixed[..., : per_group + 1, :], mixed[..., per_group + 1, :]
+        if rotary_pos_emb is not None:
+            rotated = _Rotate.apply(rotated, rotary_pos_emb)
+        return rotated[..., :per_group, :].flatten(2, 3), rotated[..., per_group, :], value
+
+    def _cached(self, context: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append to the cache [max S, max B, G, K] of this layer; return all keys and values so far."""
+        start, end = context.sequence_len_offset, context.sequence_len_offset + key.shape[0]
+        batch = key.shape[1]
+        if end > context.max_sequence_length or batch > context.max_batch_size:
+            raise ValueError(
+                f"inference_context: holds {context.max_sequence_length} tokens of {context.max_batch_size} samples, "
+                f"received {end} of {batch}"
+            )
+        memory = context.key_value_memory_dict
+        if self.layer_number not in memory:
+            shape = (context.max_sequence_length, context.max_batch_size, *key.shape[2:])
+            memory[self.layer_number] = (key.new_empty(shape), value.new_empty(shape))
+        keys, values = memory[self.layer_number]
+        keys[start:end, :batch] = key
+        values[start:end, :batch] = value
+        return keys[:end, :batch], values[:end, :batch]
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
+    """Cosines and sines [2, S, B, 1, 1, K/2] of int64 positions [B, S], computed in fp32.
+
+    Angle i of position p is p * theta^(-2i/K) (RoFormer, equation 15), pairing channels i and i + K/2 as
+    `transformers` and megatron-core's non-interleaved form do.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    angles = positions.t().unsqueeze(-1).float() * (1.0 / theta**exponents)
+    return torch.stack([angles.cos(), angles.sin()])[:, :, :, None, None].to(dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """Turn channel pairs by the angles of a `rotary_table`; the gradient turns back, so nothing else is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(table)
+        return _turn(x, table[0], table[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (table,) = ctx.saved_tensors
+        return _turn(gradient, table[0], -table[1]), None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    low, high = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=high).addcmul_(first, sin)
+    return out
+
+
+class SwiGLU(torch.nn.Module):
+    """silu(gate) * up of fc1's output [.., 2F]; megatron-core's own form adds a copy (mlp.py:208)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return functional.silu(gate) * up
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), as CLIP; megatron-core's (activations.py) compiles for seconds on its first call."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def residual_add(training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+    """megatron-core's bias-dropout-add slot without the dropout, which this recipe never uses."""
+    del training, fused
+    return _residual_add
+
+
+def _residual_add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, probability: float) -> Tensor:
+    assert probability == 0.0, "dropout is not part of the recipe"
+    x, bias = x_with_bias
+    return residual + x if bias is None else residual + (x + bias)

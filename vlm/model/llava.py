@@ -1,0 +1,202 @@
+"""Vision model, projector and language model as one trainable module.
+
+Attribute names are those of Megatron-LM's LLaVAModel, so that parameters and checkpoints carry the same names.
+Shapes: B batch, S sequence, N pictures, P patches, D hidden, R trained positions, V vocabulary, K keys so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from vlm import images as pictures
+from vlm.batch import PackedBatch
+from vlm.config import PARTS
+from vlm.model.language import LanguageModel, hidden_keys, packed_sequence
+from vlm.model.specs import TorchSpecs
+from vlm.model.vision import VisionModel
+
+
+class Llava(MegatronModule):
+    """Build it with `vlm.model.build`.
+
+    Args:
+        vision_model, vision_projection, language_model: the parts.
+        specs: provider of the functions that join them.
+        image_mean, image_std: pixel statistics per channel.
+    """
+
+    def __init__(
+        self,
+        vision_model: VisionModel,
+        vision_projection: MultimodalProjector,
+        language_model: LanguageModel,
+        specs: TorchSpecs,
+        *,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+    ) -> None:
+        super().__init__(language_model.config)
+        self.vision_model = vision_model
+        self.vision_projection = vision_projection
+        self.language_model = language_model
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process = language_model.pre_process, language_model.post_process
+        self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
+        self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
+        self._specs = specs
+        self._frozen: tuple[torch.nn.Module, ...] = ()
+
+    @property
+    def parts(self) -> dict[str, MegatronModule]:
+        """The three parts by the names the settings use."""
+        return dict(zip(PARTS, (self.vision_model, self.vision_projection, self.language_model), strict=True))
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens per picture in the language model, P."""
+        return self.vision_model.num_patches
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Losses of one packed sequence.
+
+        Returns:
+            float32 [R], the cross-entropy at `batch.trained_positions`, in their order.
+
+        Raises:
+            ValueError: pictures of another size than the vision model's, or not as many as the positions say.
+        """
+        tokens_BS = batch.tokens_S.unsqueeze(0)
+        embeddings_SD = self._place(
+            self.language_model.embed(tokens_BS).flatten(0, 1), batch.images, batch.image_positions
+        )
+        hidden_SBD = self.language_model.hidden(
+            embeddings_SD.unsqueeze(1),
+            batch.positions_S.unsqueeze(0),
+            packed=packed_sequence(batch.cu_seqlens, batch.max_seqlen),
+        )
+        rows_R = batch.trained_positions
+        return self.language_model.losses(hidden_SBD, rows_R, batch.labels_S.index_select(0, rows_R))
+
+    def logits(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        *,
+        key_mask_BK: Tensor | None = None,
+        images: Tensor | None = None,
+        image_positions: Tensor | None = None,
+        inference_context: Any = None,
+        last_only: bool = True,
+    ) -> Tensor:
+        """Predictions of the next token, with or without a key/value cache. Builds no graph.
+
+        Args:
+            tokens_BS: int64, the tokens not yet in the cache. Prompts of different lengths are padded on the left.
+            positions_BS: int64, counted from each sample's first real token; any value where padded.
+            key_mask_BK: bool [B, K], True at real tokens, K the tokens in the cache plus S. None if nothing is padded.
+            images: uint8 [N, 3, H, W], with `image_positions`, int64 [N * P], the flat slots b * S + s.
+            inference_context: megatron-core's StaticInferenceContext. Its offset moves by S in this call, so that the
+                next call passes the new tokens alone.
+            last_only: only the last position's logits.
+
+        Returns:
+            float32 [B, V], or [B, S, V] with last_only=False.
+
+        Raises:
+            ValueError: shapes that do not fit, or a full cache.
+        """
+        batch, length = tokens_BS.shape
+        offset = inference_context.sequence_len_offset if inference_context is not None else 0
+        if self.config.sequence_parallel:
+            raise ValueError("parallel.sequence: generation cannot shard single tokens; set it to false")
+        if key_mask_BK is not None and key_mask_BK.shape != (batch, offset + length):
+            raise ValueError(f"key_mask_BK: expected {(batch, offset + length)}, received {tuple(key_mask_BK.shape)}")
+        if key_mask_BK is None and offset and length > 1:
+            key_mask_BK = torch.ones(batch, offset + length, dtype=torch.bool, device=tokens_BS.device)
+        with torch.no_grad():
+            embeddings = self.language_model.embed(tokens_BS)
+            if images is not None and len(images):
+                flat = self._place(embeddings.flatten(0, 1), images, image_positions)
+                embeddings = flat.view(batch, length, -1)
+            hidden_SBD = self.language_model.hidden(
+                embeddings.transpose(0, 1).contiguous(),
+                positions_BS,
+                hidden_mask=None if key_mask_BK is None else hidden_keys(length, key_mask_BK),
+                inference_context=inference_context,
+            )
+            if inference_context is not None:
+                inference_context.sequence_len_offset += length
+                inference_context.enable_decode_mode()
+            if last_only:
+                return self.language_model.logits(hidden_SBD[-1])
+            return self.language_model.logits(hidden_SBD.transpose(0, 1))
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] to the features [N, P, D_vision] that the projector reads, without the class token."""
+        return self._encode(images)[:, 1:]
+
+    def freeze(self, trainable: Iterable[str]) -> None:
+        """Let the named parts learn (of vision, projector, language); the others keep their weights and eval mode."""
+        wanted = set(trainable)
+        if unknown := wanted - set(PARTS):
+            raise ValueError(f"trainable: {sorted(unknown)} are not parts, allowed are {', '.join(PARTS)}")
+        for name, part in self.parts.items():
+            part.requires_grad_(name in wanted)
+        self._frozen = tuple(part for name, part in self.parts.items() if name not in wanted)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Llava:
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """Called by megatron-core's schedules with the activations of the pipeline stage before."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied embedding, whose gradients megatron-core sums over a pipeline's ends."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def _encode(self, images: Tensor) -> Tensor:
+        """Features [N, 1 + P, D_vision]; a graph only where the vision model learns."""
+        vision = self.vision_model
+        expected = (3, vision.img_h, vision.img_w)
+        if images.dtype != torch.uint8 or images.shape[1:] != expected:
+            raise ValueError(
+                f"images: expected uint8 [N, 3, {expected[1]}, {expected[2]}], received {images.dtype} {tuple(images.shape)}"
+            )
+        if not len(images):
+            return torch.empty(
+                0, vision.seq_length, vision.visual_hidden_size, dtype=vision.dtype, device=images.device
+            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and vision.trains):
+            return vision(pictures.normalise(images, self.image_mean, self.image_std, vision.dtype))
+
+    def _place(self, embeddings_TD: Tensor, images: Tensor, positions: Tensor) -> Tensor:
+        """Write projected features over the embeddings at flat `positions`, in picture order.
+
+        A batch without pictures runs the projector on no rows, so that its parameters get their (zero) gradients.
+        """
+        features = self._encode(images)
+        encoder = self.vision_projection.encoder
+        if self.config.tensor_model_parallel_size == 1:
+            return self._specs.project_image_tokens(
+                features,
+                encoder.linear_fc1.weight,
+                encoder.linear_fc2.weight,
+                bias1=encoder.linear_fc1.bias,
+                bias2=encoder.linear_fc2.bias,
+                into=embeddings_TD,
+                positions=positions,
+            )
+        rows = self.vision_projection(features[:, 1:].flatten(0, 1).unsqueeze(1)).squeeze(1)
+        return embeddings_TD.index_copy(0, positions, rows)
