@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 MODULES = {
+    "distributed.param_and_grad_buffer": "gradient buffers: 783, 800, 806",
     "optimizer.optimizer": "found_inf, scales and overflow buffers: 473, 481, 485, 907, 1141",
     "optimizer.clip_grads": "norms: 90, 103, 115, 174, 207",
     "optimizer.distrib_optimizer": "gathered state: 791, 1077",
