@@ -63,7 +63,7 @@ def sharded_state(model: Any, parts: Iterable[str] | None = None) -> State:
 class _SaveDirectly:
     """Builds megatron-core's `torch_dist` save strategy on the writer of `torch.distributed.checkpoint`.
 
-    The strategy megatron-core ships (dist_checkpointing/strategies/filesystem_async.py:54) spawns a process that imports
+    The strategy megatron-core ships (dist_checkpointing/strategies/filesystem_async.py:54) spawns a process that loads
     `__main__` again and forks writers: 5 s for a checkpoint of a million parameters that this one writes in 50 ms.
     The files are the same.
     """

@@ -1,4 +1,4 @@
-"""Weights in Hugging Face's names and layouts: tables that are read both ways, and folders that are read as a stream."""
+"""Weights in Hugging Face names and layouts: tables that are read both ways, and folders read as a stream."""
 
 from __future__ import annotations
 

@@ -1,0 +1,123 @@
+"""`vlm convert combine`: both base models and a fresh projector in one checkpoint, where training starts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from vlm import checkpoint
+from vlm import config as settings
+from vlm.checkpoint import PARTS, Manifest, Tensors
+from vlm.checkpoint.manifest import Kind
+from vlm.checkpoint.tensors import Spec
+from vlm.convert.source import read_config
+from vlm.model.sizes import language_sizes, vision_sizes
+from vlm.weights import projector_table
+from vlm.weights.tables import num_bytes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def combine(config: Path, language: Path, vision: Path, out: Path) -> None:
+    """Join two converted models and a projector drawn from `models.projector` and `seed`.
+
+    Args:
+        config: resolved settings of the run.
+        language, vision: checkpoints that `vlm convert` wrote.
+        out: the checkpoint. Complete or absent; what was there before is replaced at the end.
+
+    Raises:
+        ValueError: a checkpoint of another kind, an image token that is not one token of the vocabulary, or a
+            feature layer that the vision model does not have.
+    """
+    run = settings.load(config)
+    parents = {"language": Tensors(_of_kind(Path(language), "language")), "vision": Tensors(_of_kind(Path(vision), "vision"))}
+    folders = {kind: tensors.links[0][0] for kind, tensors in parents.items()}
+    manifests = {kind: tensors.links[0][1] for kind, tensors in parents.items()}
+    projector = _projector(run, folders)
+    image_token_id(folders["language"], run.models.language.image_token)
+
+    specs: dict[str, Spec] = {}
+    for tensors in parents.values():
+        specs.update(tensors.specs)
+    specs.update({key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in projector.items()})
+    total = sum(num_bytes(shape, dtype) for dtype, shape in specs.values())
+    with checkpoint.writing(Path(out)) as folder:
+        with tqdm(total=total, desc="combine", unit="B", unit_scale=True) as bar:
+
+            def make(key: str) -> Tensor:
+                bar.update(num_bytes(specs[key][1], specs[key][0]))
+                if key in projector:
+                    return projector[key]
+                return next(tensors for tensors in parents.values() if key in tensors.specs).read(key)
+
+            checkpoint.write_tensors(folder, specs, make)
+        for kind, place in folders.items():
+            shutil.copytree(checkpoint.huggingface(place, kind), checkpoint.huggingface(folder, kind))
+        Manifest(
+            kind="combined",
+            parts=tuple(PARTS.values()),
+            sources={name: digest for manifest in manifests.values() for name, digest in manifest.sources.items()},
+            models=run.models.model_dump(mode="json"),
+            settings={"seed": run.seed, "dtype": run.dtype, "image_resize": run.data.image_resize},
+        ).write(folder)
+
+
+def image_token_id(language: Path, image_token: str) -> int:
+    """The id of the image token.
+
+    Args:
+        language: a checkpoint with the language model's tokenizer and configuration.
+        image_token: `models.language.image_token`.
+
+    Raises:
+        ValueError: the tokenizer does not read it as one token, or the model has no embedding for it.
+    """
+    folder = checkpoint.huggingface(language, "language")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = tokenizer.encode(image_token, add_special_tokens=False).ids
+    token = tokenizer.token_to_id(image_token)
+    if token is None or ids != [token]:
+        raise ValueError(
+            f"models.language.image_token: {image_token!r} is {len(ids)} tokens in {folder / 'tokenizer.json'}, "
+            "it must be one; choose a reserved token of the vocabulary"
+        )
+    vocabulary = language_sizes(read_config(folder)).vocab_size
+    if token >= vocabulary:
+        raise ValueError(
+            f"models.language.image_token: {image_token!r} has id {token}, the model's vocab_size is {vocabulary}; "
+            "choose a reserved token inside the vocabulary"
+        )
+    return token
+
+
+def _of_kind(path: Path, kind: Kind) -> Path:
+    found = checkpoint.resolve(path)
+    if (other := checkpoint.read_manifest(found).kind) != kind:
+        raise ValueError(f"{path}: is a {other} checkpoint, expected one of `vlm convert {kind}`")
+    return found
+
+
+def _projector(run: settings.Config, folders: dict[str, Path]) -> dict[str, Tensor]:
+    """A projector whose weights are N(0, init_std) and whose biases are zero, in an order that never changes."""
+    configs: dict[str, dict[str, Any]] = {
+        kind: read_config(checkpoint.huggingface(folder, kind)) for kind, folder in folders.items()
+    }
+    language, vision = language_sizes(configs["language"]), vision_sizes(configs["vision"])
+    vision.num_built_layers(run.models.vision.feature_layer)
+    wanted = run.models.projector
+    table = projector_table(vision.hidden_size, wanted.hidden_size, language.hidden_size, bias=wanted.bias)
+    generator = torch.Generator().manual_seed(run.seed)
+    tensors = {}
+    for row in table.rows:
+        tensor = torch.zeros(row.shape)
+        if row.ours.endswith("weight"):
+            tensor.normal_(0.0, wanted.init_std, generator=generator)
+        tensors[row.ours] = tensor.to(DTYPES[run.dtype])
+    return tensors
