@@ -17,7 +17,7 @@ from torch import distributed
 from vlm.config import Parallel
 
 PIPELINE_SEED_STRIDE = 100
-"""Stages of a pipeline hold different layers and draw different weights; ranks that share or copy a layer draw alike."""
+"""Stages of a pipeline hold different layers and draw different weights; ranks that share a layer draw alike."""
 
 _current: Parallel | None = None
 

@@ -71,7 +71,8 @@ def build(
     projector = settings.models.projector
     if projector.hidden_size % layout.tensor:
         raise ValueError(
-            f"models.projector.hidden_size: {projector.hidden_size} is not a multiple of parallel.tensor {layout.tensor}"
+            f"models.projector.hidden_size: {projector.hidden_size} is not a multiple of parallel.tensor "
+            f"{layout.tensor}"
         )
     common = _common(settings, initialise)
     language_model = LanguageModel(
@@ -100,11 +101,10 @@ def build_from_checkpoint(
 
     found = checkpoint.resolve(directory)
     manifest = checkpoint.read_manifest(found)
+    layout = parallel or processes.single()
     model = build(
         *read_configs(found / "huggingface"),
-        Settings(
-            Models.model_validate(manifest.models), Kernels(backend=backend), dtype, parallel or processes.single()
-        ),
+        Settings(Models.model_validate(manifest.models), Kernels(backend=backend), dtype, layout),
         **read_pixel_statistics(found / "huggingface" / "vision"),
         initialise=False,
     )

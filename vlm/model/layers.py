@@ -10,13 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import vlm_kernels
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import attention as core
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
+
+import vlm_kernels
 
 
 class Norm(torch.nn.Module):
@@ -45,7 +47,7 @@ class Norm(torch.nn.Module):
 
 
 class CoreAttention(torch.nn.Module):
-    """megatron-core's core-attention slot around `attention`, a function with the signature of vlm_kernels.attention."""
+    """megatron-core's core-attention slot around a function with the signature of vlm_kernels.attention."""
 
     attention: Callable[..., Tensor] = staticmethod(vlm_kernels.attention)
 
@@ -185,11 +187,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-class SwiGLU(torch.nn.Module):
+class SwiGLU(MegatronModule):
     """silu(gate) * up of fc1's output [.., 2F]; megatron-core's own form adds a copy (mlp.py:208)."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)

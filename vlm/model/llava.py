@@ -171,9 +171,8 @@ class Llava(MegatronModule):
         vision = self.vision_model
         expected = (3, vision.img_h, vision.img_w)
         if images.dtype != torch.uint8 or images.shape[1:] != expected:
-            raise ValueError(
-                f"images: expected uint8 [N, 3, {expected[1]}, {expected[2]}], received {images.dtype} {tuple(images.shape)}"
-            )
+            received = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"images: expected uint8 [N, 3, {vision.img_h}, {vision.img_w}], received {received}")
         if not len(images):
             return torch.empty(
                 0, vision.seq_length, vision.visual_hidden_size, dtype=vision.dtype, device=images.device

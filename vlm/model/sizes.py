@@ -108,9 +108,7 @@ def language_sizes(config: Mapping[str, Any], tensor: int = 1) -> LanguageSizes:
         _refuse(config, where, key, False, (False, None))
     window = config.get("sliding_window", 4096) if mistral else None
     if window is not None and window < sizes.max_positions:
-        raise ValueError(
-            f"{where}: sliding_window {window} is not supported; attention is over the whole sample (null)"
-        )
+        raise ValueError(f"{where}: sliding_window {window} is not supported, only null: attention spans samples")
     _divides(where, "num_attention_heads", heads, tensor)
     _divides(where, "num_key_value_heads", kv_heads, tensor)
     _divides(where, "intermediate_size", sizes.ffn_hidden_size, tensor)
