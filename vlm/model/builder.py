@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
@@ -24,6 +24,8 @@ from vlm.model.sizes import CLIP_MEAN, CLIP_STD, LanguageSizes, VisionSizes, lan
 from vlm.model.specs import TorchSpecs, provider
 from vlm.model.vision import VisionModel
 
+Backend = Literal["torch", "triton", "transformer_engine"]
+Dtype = Literal["float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": functional.gelu}
 
@@ -34,7 +36,7 @@ class Settings:
 
     models: Models
     kernels: Kernels
-    dtype: str
+    dtype: Dtype
     parallel: Parallel
 
 
@@ -42,9 +44,9 @@ def build(
     language_config: Mapping[str, Any],
     vision_config: Mapping[str, Any],
     settings: Settings | Config,
-    *,
     image_mean: Sequence[float] = CLIP_MEAN,
     image_std: Sequence[float] = CLIP_STD,
+    *,
     initialise: bool = True,
     pre_process: bool = True,
     post_process: bool = True,
@@ -86,7 +88,7 @@ def build(
 
 
 def build_from_checkpoint(
-    directory: str | Path, *, backend: str = "torch", dtype: str = "float32", parallel: Parallel | None = None
+    directory: Path, *, backend: Backend = "torch", dtype: Dtype = "float32", parallel: Parallel | None = None
 ) -> Llava:
     """Build the model a checkpoint was made from and load its weights, in eval mode.
 
@@ -105,7 +107,7 @@ def build_from_checkpoint(
     model = build(
         *read_configs(found / "huggingface"),
         Settings(Models.model_validate(manifest.models), Kernels(backend=backend), dtype, layout),
-        **read_pixel_statistics(found / "huggingface" / "vision"),
+        *read_pixel_statistics(found / "huggingface" / "vision"),
         initialise=False,
     )
     checkpoint.load_model(model, found)
@@ -118,14 +120,11 @@ def read_configs(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return language, vision
 
 
-def read_pixel_statistics(vision_directory: Path) -> dict[str, tuple[float, ...]]:
-    """`image_mean` and `image_std` for `build`, from preprocessor_config.json, or CLIP's where there is none."""
+def read_pixel_statistics(vision_directory: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel for `build`, from preprocessor_config.json, or CLIP's where there is none."""
     path = vision_directory / "preprocessor_config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
-    return {
-        "image_mean": tuple(config.get("image_mean", CLIP_MEAN)),
-        "image_std": tuple(config.get("image_std", CLIP_STD)),
-    }
+    return tuple(config.get("image_mean", CLIP_MEAN)), tuple(config.get("image_std", CLIP_STD))
 
 
 def _common(settings: Settings | Config, initialise: bool) -> dict[str, Any]:

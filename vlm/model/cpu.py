@@ -63,7 +63,7 @@ def install() -> None:
     for name in MODULES:
         module = importlib.import_module(f"megatron.core.{name}")
         if vars(module).get("torch") is torch:
-            module.torch = _CpuTorch()  # type: ignore[attr-defined]
+            vars(module)["torch"] = _CpuTorch()
     _let_tensors_answer()
 
 
@@ -72,10 +72,10 @@ class _Forward(types.ModuleType):
 
     def __init__(self, target: types.ModuleType) -> None:
         super().__init__(target.__name__)
-        self.__dict__["_target"] = target
+        self._target = target
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_target"], name)
+        return getattr(self._target, name)
 
 
 class _CpuTorch(_Forward):
@@ -83,22 +83,24 @@ class _CpuTorch(_Forward):
 
     def __init__(self) -> None:
         super().__init__(torch)
-        self.cuda = _cpu_cuda()
-        for name in FACTORIES:
-            setattr(self, name, _on_cpu(getattr(torch, name)))
+        vars(self).update({name: _on_cpu(getattr(torch, name)) for name in FACTORIES}, cuda=_cpu_cuda())
 
 
 def _cpu_cuda() -> types.ModuleType:
     cuda = _Forward(torch.cuda)
     generator = _Forward(torch.cuda.random)
     for module in (cuda, generator):
-        module.get_rng_state = lambda device=None: torch.get_rng_state()
-        module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    cuda.random = generator
-    cuda.manual_seed = torch.manual_seed
-    cuda.current_device = lambda: torch.device("cpu")
-    cuda.synchronize = lambda device=None: None
-    cuda.empty_cache = lambda: None
+        vars(module).update(
+            get_rng_state=lambda device=None: torch.get_rng_state(),
+            set_rng_state=lambda state, device=None: torch.set_rng_state(state),
+        )
+    vars(cuda).update(
+        random=generator,
+        manual_seed=torch.manual_seed,
+        current_device=lambda: torch.device("cpu"),
+        synchronize=lambda device=None: None,
+        empty_cache=lambda: None,
+    )
     return cuda
 
 
@@ -126,5 +128,5 @@ def _let_tensors_answer() -> None:
             return tensor
         return move(tensor, *arguments, **options)
 
-    torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
-    torch.Tensor.cuda = cuda  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = type_
+    torch.Tensor.cuda = cuda

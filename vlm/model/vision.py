@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from vlm.model.language import numbered
 from vlm.model.sizes import VisionSizes
@@ -35,7 +36,7 @@ class VisionModel(CLIPViTModel):
     def _apply(self, fn: Any, recurse: bool = True) -> VisionModel:
         """Move the position ids too: megatron-core keeps them out of the buffers."""
         super()._apply(fn, recurse)
-        self.position_ids = self.position_ids.to(self.conv1.weight.device)
+        self.position_ids: Tensor = torch.arange(self.seq_length, device=self.conv1.weight.device).unsqueeze(0)
         return self
 
     def sharded_state_dict(
