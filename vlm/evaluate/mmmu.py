@@ -1,0 +1,217 @@
+"""MMMU accuracy from the three forms in which people keep predictions, scored as MMMU's own scripts do.
+
+`main_eval_only.py` of MMMU scores final answers, `main_parse_and_eval.py` raw responses; both skip what is missing.
+Here every question must be answered and every answer must have its question.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vlm import files
+from vlm.evaluate import mmmu_parsing
+
+Fallback = Literal["first", "random", "wrong"]
+MULTIPLE_CHOICE = "multiple-choice"
+
+DOMAINS = {
+    "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
+    "Business": ("Accounting", "Economics", "Finance", "Manage", "Marketing"),
+    "Science": ("Biology", "Chemistry", "Geography", "Math", "Physics"),
+    "Health and Medicine": (
+        "Basic_Medical_Science",
+        "Clinical_Medicine",
+        "Diagnostics_and_Laboratory_Medicine",
+        "Pharmacy",
+        "Public_Health",
+    ),
+    "Humanities and Social Science": ("History", "Literature", "Sociology", "Psychology"),
+    "Tech and Engineering": (
+        "Agriculture",
+        "Architecture_and_Engineering",
+        "Computer_Science",
+        "Electronics",
+        "Energy_and_Power",
+        "Materials",
+        "Mechanical_Engineering",
+    ),
+}
+"""MMMU's six domains and their thirty subjects (`mmmu/utils/data_utils.py`)."""
+
+OTHER = "Other"
+"""Domain of a subject that is not MMMU's."""
+
+
+@dataclass(frozen=True)
+class Question:
+    multiple_choice: bool
+    gold: str | list[str]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    text: str
+    parsed: bool
+    """Whether `text` is already a letter, and not a response to find one in."""
+    choices: tuple[str, ...] = ()
+    options: Mapping[str, str] | None = None
+
+
+def score(answers: Path, predictions: Path, output: Path, fallback: Fallback = "random", seed: int = 0) -> None:
+    """Score predictions and write accuracies as fractions, overall, per subject and per domain.
+
+    Args:
+        answers: MMMU's `answer_dict_val.json`.
+        predictions: `{id: answer}`, or raw responses as a JSON list, JSON lines or a folder of `<Subject>/output.json`.
+        output: JSON with `accuracy, num_correct, num_questions, per_subject, per_domain, num_fallback`.
+        fallback: what a multiple-choice response without a letter becomes: the first option, one drawn by `seed` in the
+            order of the predictions (as MMMU does), or a wrong answer.
+
+    Raises:
+        ValueError: a broken file, an id twice, or ids on one side only.
+    """
+    questions = read_answers(answers)
+    predicted = read_predictions(predictions)
+    if unknown := [name for name in predicted if name not in questions]:
+        raise ValueError(f"{predictions}: {len(unknown)} ids are not in {answers}: {_some(unknown)}")
+    if missing := [name for name in questions if name not in predicted]:
+        raise ValueError(
+            f"{predictions}: {len(missing)} of the {len(questions)} questions in {answers} have no prediction: "
+            f"{_some(missing)}"
+        )
+    draw = _drawer(fallback, seed)
+    num_fallback = 0
+    correct: dict[str, bool] = {}
+    for name, prediction in predicted.items():
+        question = questions[name]
+        if not question.multiple_choice:
+            correct[name] = mmmu_parsing.open_is_correct(question.gold, mmmu_parsing.parse_open(prediction.text))
+            continue
+        choice: str | None = prediction.text
+        if not prediction.parsed:
+            if not prediction.choices or prediction.options is None:
+                raise ValueError(f"{predictions}: {name} is multiple-choice and lacks `all_choices` or `index2ans`")
+            choice = mmmu_parsing.parse_choice(prediction.text, prediction.choices, prediction.options)
+            if choice is None:
+                num_fallback += 1
+                choice = draw(prediction.choices)
+        correct[name] = mmmu_parsing.choice_is_correct(question.gold, choice)
+    files.write_json(output, summary(correct) | {"num_fallback": num_fallback})
+
+
+def _drawer(fallback: Fallback, seed: int) -> Callable[[tuple[str, ...]], str | None]:
+    if fallback == "random":
+        return random.Random(seed).choice
+    if fallback == "first":
+        return lambda choices: choices[0]
+    if fallback == "wrong":
+        return lambda choices: None
+    raise ValueError(f"--fallback: {fallback!r} does not exist, allowed are first, random, wrong")
+
+
+def summary(correct: Mapping[str, bool]) -> dict[str, Any]:
+    """Accuracies as fractions of the questions, overall, per subject and per domain, keyed by question id."""
+    by_subject: dict[str, list[bool]] = defaultdict(list)
+    for name, right in correct.items():
+        by_subject[subject(name)].append(right)
+    domain_of = {one: domain for domain, subjects in DOMAINS.items() for one in subjects}
+    by_domain: dict[str, list[bool]] = {domain: [] for domain in (*DOMAINS, OTHER)}
+    for one, rights in by_subject.items():
+        by_domain[domain_of.get(one, OTHER)] += rights
+    num_correct = sum(correct.values())
+    return {
+        "accuracy": num_correct / len(correct),
+        "num_correct": num_correct,
+        "num_questions": len(correct),
+        "per_subject": {one: _share(by_subject[one]) for one in sorted(by_subject)},
+        "per_domain": {domain: _share(rights) for domain, rights in by_domain.items() if rights},
+    }
+
+
+def _share(rights: list[bool]) -> float:
+    return sum(rights) / len(rights)
+
+
+def subject(name: str) -> str:
+    """Subject in a question's id: `validation_Art_Theory_12` is of Art_Theory.
+
+    Raises:
+        ValueError: the id is not `<split>_<Subject>_<number>`.
+    """
+    parts = name.split("_")
+    if len(parts) < 3:
+        raise ValueError(f"question id {name!r}: expected <split>_<Subject>_<number>")
+    return "_".join(parts[1:-1])
+
+
+def read_answers(path: Path) -> dict[str, Question]:
+    """Questions of MMMU's `answer_dict_val.json`: `{id: {"question_type", "ground_truth"}}`.
+
+    Raises:
+        ValueError: the file is not of that form.
+    """
+    content = files.read_json(path)
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path}: expected an object of questions by id, found {type(content).__name__}")
+    questions = {}
+    for name, entry in content.items():
+        subject(name)
+        if not isinstance(entry, dict) or not isinstance(entry.get("question_type"), str):
+            raise ValueError(f"{path}: {name} has no `question_type`")
+        gold = entry.get("ground_truth")
+        where = f"{path}: {name}.ground_truth"
+        accepted = [_answer(one, where) for one in gold] if isinstance(gold, list) else _answer(gold, where)
+        questions[name] = Question(entry["question_type"] == MULTIPLE_CHOICE, accepted)
+    return questions
+
+
+def read_predictions(path: Path) -> dict[str, Prediction]:
+    """Predictions by question id, in the order of the file, or of the sorted subjects of a folder.
+
+    Raises:
+        ValueError: not one of the three forms, or an id twice.
+    """
+    if path.is_dir():
+        outputs = sorted(path.glob("*/output.json"))
+        if not outputs:
+            raise ValueError(f"{path}: the folder holds no <Subject>/output.json")
+        return _raw((output, record) for output in outputs for record in files.read_records(output))
+    records = files.read_records(path)
+    if len(records) == 1 and "response" not in records[0]:
+        final = records[0]
+        return {name: Prediction(_answer(value, f"{path}: {name}"), parsed=True) for name, value in final.items()}
+    return _raw((path, record) for record in records)
+
+
+def _raw(records: Iterable[tuple[Path, dict[str, Any]]]) -> dict[str, Prediction]:
+    predictions: dict[str, Prediction] = {}
+    for path, record in records:
+        name, response = record.get("id"), record.get("response")
+        if not isinstance(name, str) or not isinstance(response, str):
+            raise ValueError(f"{path}: expected strings under `id` and `response`, found {name!r} and {response!r}")
+        if name in predictions:
+            raise ValueError(f"{path}: {name} is answered more than once")
+        choices, options = record.get("all_choices") or [], record.get("index2ans") or {}
+        if not isinstance(choices, list) or not isinstance(options, dict):
+            raise ValueError(f"{path}: {name} needs a list under `all_choices` and an object under `index2ans`")
+        texts = {letter: str(text) for letter, text in options.items()}
+        predictions[name] = Prediction(response, False, tuple(map(str, choices)), texts or None)
+    return predictions
+
+
+def _answer(value: Any, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    raise ValueError(f"{where}: expected a string or a number, found {value!r}")
+
+
+def _some(names: list[str], shown: int = 5) -> str:
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")

@@ -1,0 +1,111 @@
+"""What an answer to an MMMU question says, by the rules of MMMU's own evaluation (`mmmu/utils/eval_utils.py`).
+
+Published scores depend on these rules to the letter, so their oddities are kept, each with a comment.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+PUNCTUATION = ",.!?;:'"
+KEY_PHRASES = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+TRIVIAL = frozenset([":", ",", ".", "!", "?", ";", "'"])
+SHORT_RESPONSE_WORDS = 5
+"""Up to this many words, the text of an option inside a response is taken for chance."""
+
+NUMBERS = (
+    re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),  # 1,234,567
+    re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),  # 1.5e-3
+    re.compile(r"-?(?:\d*\.\d+|\d+\b)(?![eE][+-]?\d)(?![,\d])"),  # 12, .5, -0.25
+)
+
+Normalised = str | float
+
+
+def parse_choice(response: str, choices: Sequence[str], options: Mapping[str, str]) -> str | None:
+    """The letter a response chooses, or None where the official code draws one at random.
+
+    A bracketed letter counts first, then a letter standing alone, then (in responses of more than five words) the
+    text of an option; among several, the one that occurs last in the response.
+
+    Args:
+        response: text of the model.
+        choices: the letters, in order.
+        options: text of each letter's option.
+    """
+    for mark in PUNCTUATION:  # one mark after the other, so "A.," loses both and "A,." only its stop
+        response = response.strip(mark)
+    response = f" {response} "
+    lower = response.lower()
+    bracketed = {letter: response.rfind(f"({letter})") for letter in choices}
+    alone = {letter: response.rfind(f" {letter} ") for letter in choices}
+    worded = {letter: lower.rfind(text.lower()) for letter, text in options.items()}
+    if len(response.split()) <= SHORT_RESPONSE_WORDS:
+        worded = {}
+    for last_positions in (bracketed, alone, worded):
+        found = [letter for letter, position in last_positions.items() if position >= 0]
+        if found:
+            return max(found, key=last_positions.__getitem__)  # the first of equals
+    return None
+
+
+def parse_open(response: str) -> list[Normalised]:
+    """What an open response may be claiming: its key phrases and every number in them, normalised."""
+    claims = _key_phrases(response)
+    numbers = [number for claim in claims for pattern in NUMBERS for number in pattern.findall(claim)]
+    return [form for text in (*claims, *numbers) for form in normalise(text)]
+
+
+def _key_phrases(response: str) -> list[str]:
+    """Per line, the shortest tail after a phrase such as "is " or "answer "; the whole response where no line has one.
+
+    The official code means to split at sentence ends too, by a full stop before a capital letter, but lower-cases the
+    response first, so only line ends split.
+    """
+    response = response.strip().strip(".").lower()
+    lines = response.split("\n")
+    phrases = []
+    for number, line in enumerate(lines, start=1):
+        marks = (*KEY_PHRASES, "=") if number == len(lines) else KEY_PHRASES  # the last line may be an equation
+        tails = [line.rsplit(mark, 1)[-1].strip() for mark in marks if mark in line]
+        # An empty tail never stays the shortest: the official code takes "" for "none yet" and looks on.
+        shortest = ""
+        for tail in tails:
+            if not shortest or len(tail) < len(shortest):
+                shortest = tail
+        if shortest and shortest not in TRIVIAL:
+            phrases.append(shortest)
+    return phrases or [response]
+
+
+def normalise(text: str) -> list[Normalised]:
+    """A number rounded to two decimals; else lower-case text, one character only with a space on either side.
+
+    The space keeps a single letter from matching inside every word.
+    """
+    text = text.strip()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        lower = text.lower()
+        return [f" {lower}", f"{lower} "] if len(lower) == 1 else [lower]
+
+
+def choice_is_correct(gold: str | list[str], choice: str | None) -> bool:
+    """Whether a letter is the answer, or one of several accepted."""
+    return choice in (gold if isinstance(gold, list) else [gold])
+
+
+def open_is_correct(gold: str | list[str], claims: Sequence[Normalised]) -> bool:
+    """Whether any claim contains an accepted text or equals an accepted number.
+
+    Args:
+        gold: accepted answer or answers.
+        claims: result of `parse_open`.
+    """
+    accepted = [form for answer in (gold if isinstance(gold, list) else [gold]) for form in normalise(answer)]
+    texts = [form for form in accepted if isinstance(form, str)]
+    return any(
+        any(text in claim for text in texts) if isinstance(claim, str) else claim in accepted for claim in claims
+    )
