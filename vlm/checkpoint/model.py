@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,39 +61,37 @@ def sharded_state(model: Any, parts: Iterable[str] | None = None) -> State:
     return chosen
 
 
-class _SaveDirectly:
-    """Builds megatron-core's `torch_dist` save strategy on the writer of `torch.distributed.checkpoint`.
+def _save_strategy() -> Any:
+    """megatron-core's `torch_dist` save strategy on the writer of `torch.distributed.checkpoint`.
 
-    The strategy megatron-core ships (dist_checkpointing/strategies/filesystem_async.py:54) spawns a process that loads
-    `__main__` again and forks writers: 5 s for a checkpoint of a million parameters that this one writes in 50 ms.
-    The files are the same.
+    The one megatron-core ships (dist_checkpointing/strategies/filesystem_async.py:54) spawns a process that loads
+    `__main__` again and forks writers: seconds for a miniature checkpoint that this one writes in 0.1 s. The files
+    are the same.
     """
+    from megatron.core.dist_checkpointing.strategies import torch as mcore
+    from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 
-    def __new__(cls) -> Any:
-        from megatron.core.dist_checkpointing.strategies import torch as mcore
-        from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+    class Direct(SaveShardedStrategy):
+        def save(self, sharded_state_dict: State, checkpoint_dir: Path | str) -> None:
+            state, _, _ = mcore._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+            dcp.save(
+                mcore.mcore_to_pyt_state_dict(state, is_loading=False),
+                storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
+                planner=mcore.MCoreSavePlanner(flatten_state_dict=False),
+            )
 
-        class Strategy(SaveShardedStrategy):
-            def save(self, sharded_state_dict: State, checkpoint_dir: Path | str) -> None:
-                state, _, _ = mcore._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-                dcp.save(
-                    mcore.mcore_to_pyt_state_dict(state, is_loading=False),
-                    storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
-                    planner=mcore.MCoreSavePlanner(flatten_state_dict=False),
-                )
+        @property
+        def can_handle_sharded_objects(self) -> bool:
+            return True
 
-            @property
-            def can_handle_sharded_objects(self) -> bool:
-                return True
-
-        return Strategy("torch_dist", 1)
+    return Direct("torch_dist", 1)
 
 
 def write_state(folder: Path, state: State) -> None:
     """Write sharded tensors and what is not sharded into a folder that all ranks see. Called by all ranks."""
     from megatron.core import dist_checkpointing
 
-    dist_checkpointing.save(state, str(folder), sharded_strategy=_SaveDirectly(), content_metadata=dict(METADATA))
+    dist_checkpointing.save(state, str(folder), sharded_strategy=_save_strategy(), content_metadata=dict(METADATA))
 
 
 def save(out: Path, sharded_state: State, manifest: Manifest, side_files: Path | None = None) -> Path:
@@ -104,29 +103,30 @@ def save(out: Path, sharded_state: State, manifest: Manifest, side_files: Path |
         manifest: what it is.
         side_files: a checkpoint whose `huggingface` folder is taken over.
     """
-    folder = begin(out)
-    write_state(folder, sharded_state)
-    return finish(folder, out, manifest, side_files)
+    with writing_together(out, manifest, side_files) as folder:
+        write_state(folder, sharded_state)
+    return out
 
 
-def begin(out: Path) -> Path:
-    """The folder beside `out` that all ranks write into."""
+@contextmanager
+def writing_together(out: Path, manifest: Manifest, side_files: Path | None) -> Iterator[Path]:
+    """As `vlm.checkpoint.writing`, for a folder that all ranks write into; the first adds what is not theirs."""
+    folder = out.parent / f".{out.name}.writing"
     if is_first():
         places.beside(out)
     barrier()
-    return out.parent / f".{out.name}.writing"
-
-
-def finish(folder: Path, out: Path, manifest: Manifest, side_files: Path | None) -> Path:
-    """Add manifest and side files and give the folder its name, after all ranks have written."""
+    try:
+        yield folder
+        barrier()
+        if is_first():
+            if side_files is not None:
+                shutil.copytree(side_files / "huggingface", folder / "huggingface")
+            manifest.write(folder)
+            places.put_in_place(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     barrier()
-    if is_first():
-        if side_files is not None:
-            shutil.copytree(side_files / "huggingface", folder / "huggingface")
-        manifest.write(folder)
-        places.put_in_place(folder, out)
-    barrier()
-    return out
 
 
 def is_first() -> bool:

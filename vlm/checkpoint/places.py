@@ -59,7 +59,7 @@ def chain(path: Path) -> list[tuple[Path, Manifest]]:
     links = [(folder, read_manifest(folder))]
     while (parent := links[-1][1].parent) is not None:
         child = links[-1][0]
-        folder = Path(os.path.normpath(child / parent.path))
+        folder = Path(os.path.normpath(child.resolve() / parent.path))
         if not (folder / NAME).is_file():
             raise ValueError(f"{child / NAME}: its parent {folder} is missing; it holds the parts that did not learn")
         manifest = read_manifest(folder)

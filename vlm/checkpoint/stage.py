@@ -89,17 +89,16 @@ def save_stage(
         training=identity,
         parent=Parent(os.path.relpath(origin.resolve(), destination.resolve()), begun_from.identity),
     )
-    folder = models.begin(destination)
     weights = models.sharded_state(model, parts)
     state = {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, metadata=models.metadata()),
         "scheduler": scheduler.state_dict(),
     }
-    models.write_state(folder, state)
     own = {"generators": _generators(), "loader": _pack(loader), "extra": extra or {}, "world": _world()}
-    torch.save(own, _rank_file(folder, _rank()))
-    models.finish(folder, destination, manifest, origin)
+    with models.writing_together(destination, manifest, origin) as folder:
+        models.write_state(folder, state)
+        torch.save(own, _rank_file(folder, _rank()))
     if models.is_first():
         places.point_to(destination)
     models.barrier()

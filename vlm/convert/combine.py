@@ -37,7 +37,10 @@ def combine(config: Path, language: Path, vision: Path, out: Path) -> None:
             feature layer that the vision model does not have.
     """
     run = settings.load(config)
-    parents = {"language": Tensors(_of_kind(Path(language), "language")), "vision": Tensors(_of_kind(Path(vision), "vision"))}
+    parents = {
+        "language": Tensors(_of_kind(Path(language), "language")),
+        "vision": Tensors(_of_kind(Path(vision), "vision")),
+    }
     folders = {kind: tensors.links[0][0] for kind, tensors in parents.items()}
     manifests = {kind: tensors.links[0][1] for kind, tensors in parents.items()}
     projector = _projector(run, folders)
