@@ -6,6 +6,8 @@ Pictures stay uint8 until they are on the device: a quarter of the bytes to move
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -29,20 +31,39 @@ def load(source: bytes | str | Path, *, name: str | None = None) -> Image.Image:
         FileNotFoundError: the path does not exist.
     """
     where = name or (str(source) if not isinstance(source, bytes) else "picture")
+    with _opened(source, where) as image:
+        image.load()
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@contextmanager
+def _opened(source: bytes | str | Path, name: str) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            image.load()
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
-            return image if image.mode == "RGB" else image.convert("RGB")
+            yield image
     except FileNotFoundError:
         raise
     except UnidentifiedImageError:
-        raise ValueError(f"{where}: not a picture that Pillow can read") from None
+        raise ValueError(f"{name}: not a picture that Pillow can read") from None
     # Pillow's decoders raise many types on damaged files: OSError, SyntaxError (png), struct.error, DecompressionBomb.
     except Exception as error:
-        raise ValueError(f"{where}: the picture does not decode ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{name}: the picture does not decode ({type(error).__name__}: {error})") from error
+
+
+def verify(data: bytes, *, name: str) -> None:
+    """Refuse a damaged picture at about a third of the price of `load`.
+
+    A JPEG is read to its end, but only to an eighth of its size: libjpeg then skips most of the inverse transform.
+
+    Raises:
+        ValueError: the bytes are no picture, or a truncated one.
+    """
+    with _opened(data, name) as image:
+        image.draft("RGB", (1, 1))
+        image.load()
 
 
 def resize(image: Image.Image, size: int, mode: Resize) -> np.ndarray:

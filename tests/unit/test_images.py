@@ -89,6 +89,14 @@ def test_path_and_bytes_give_the_same_picture(tmp_path: Path) -> None:
 def test_damaged_picture_is_refused_by_name(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=f"images/00000/000000001.jpg: .*{message}"):
         images.load(data, name="images/00000/000000001.jpg")
+    with pytest.raises(ValueError, match=f"images/00000/000000001.jpg: .*{message}"):
+        images.verify(data, name="images/00000/000000001.jpg")
+
+
+@pytest.mark.parametrize("case", PICTURES)
+def test_whole_picture_passes_the_cheap_check(case: str) -> None:
+    width, height, colours, kind = PICTURES[case]
+    images.verify(_bytes(_picture(width, height, colours), kind), name=case)
 
 
 def test_unknown_resize_is_refused() -> None:

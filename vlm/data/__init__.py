@@ -1,0 +1,1 @@
+"""Training data on its way from a published data set to what the loader reads."""
