@@ -121,7 +121,7 @@ def read_configs(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_pixel_statistics(vision_directory: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel for `build`, from preprocessor_config.json, or CLIP's where there is none."""
+    """Mean and standard deviation per channel from preprocessor_config.json, or CLIP's where there is none."""
     path = vision_directory / "preprocessor_config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
     return tuple(config.get("image_mean", CLIP_MEAN)), tuple(config.get("image_std", CLIP_STD))
