@@ -91,7 +91,7 @@ def test_fingerprint_names_a_folder_that_is_missing_unindexed_or_empty(tmp_path)
     with pytest.raises(FileNotFoundError, match="is not indexed"):
         identity.fingerprint(tmp_path)
     (tmp_path / ".nv-meta").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no shards"):
+    with pytest.raises(FileNotFoundError, match="holds no training shards"):
         identity.fingerprint(tmp_path)
 
 

@@ -66,7 +66,7 @@ def _short(value: Any) -> str:
 
 
 def fingerprint(directory: Path) -> str:
-    """SHA-256 over the names, sizes and 64 evenly spaced blocks of 64 KiB of every shard of an indexed data set.
+    """SHA-256 over the names, sizes and 64 evenly spaced blocks of 64 KiB of every training shard of an indexed set.
 
     A shard of up to 4 MiB is read whole; of a larger one the same 4 MiB, so that 30 GB take a second.
 
@@ -76,9 +76,9 @@ def fingerprint(directory: Path) -> str:
     if not (directory / ".nv-meta").is_dir():
         what = "is not indexed" if directory.is_dir() else "does not exist"
         raise FileNotFoundError(f"{directory} {what}: run `vlm data shard` and `vlm data index {directory}` first")
-    shards = sorted(directory.glob("*.tar"))
+    shards = sorted(directory.glob("shard-*.tar"))
     if not shards:
-        raise FileNotFoundError(f"{directory} holds no shards (*.tar): run `vlm data shard` again")
+        raise FileNotFoundError(f"{directory} holds no training shards (shard-*.tar): run `vlm data shard` again")
     total = hashlib.sha256()
     for shard in shards:
         size = shard.stat().st_size

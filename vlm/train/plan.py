@@ -1,0 +1,124 @@
+"""What a run will do, decided and checked before anything heavy is imported: refusals cost a second, not a minute."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm import checkpoint, files
+from vlm.checkpoint import Manifest
+from vlm.config import COMBINED, Config, Stage
+from vlm.model.sizes import language_sizes, vision_sizes
+from vlm.train import identity
+
+_TURN_TOKENS = 5
+"""`<s> [INST] ... [/INST] answer </s>`: what the shortest sample needs beside its picture."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: Config
+    stage: str
+    out: Path
+    parent: Path
+    """Checkpoint that training starts from."""
+    data: dict[str, Path]
+    """Indexed folder of each data set by name."""
+    identity: dict[str, Any]
+
+    @property
+    def settings(self) -> Stage:
+        return self.config.stages[self.stage]
+
+    @property
+    def digest(self) -> str:
+        return identity.digest(self.identity)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Packed sequences per step and data-parallel rank."""
+        return self.settings.global_batch // self.config.parallel.data
+
+    def finished(self) -> Path | None:
+        """The final checkpoint, where this very run was already trained to its end."""
+        report = self.out / "finished.json"
+        if not report.is_file() or identity.read(self.out / "checkpoints") != self.identity:
+            return None
+        newest = checkpoint.latest(self.out)
+        if newest is None or files.read_json(report).get("checkpoint") != str(newest.relative_to(self.out)):
+            return None
+        return newest if checkpoint.read_manifest(newest).iteration == self.settings.iterations else None
+
+
+def prepare(config: Config, stage: str, start_from: Path, data: Path, out: Path) -> Plan:
+    """Check that the stage can be trained as the settings say.
+
+    Raises:
+        ValueError: the stage, its parent checkpoint, the models or the sequence length do not fit; names the key and
+            both values.
+        FileNotFoundError: a data set is missing or not indexed.
+    """
+    if stage not in config.stages:
+        close = difflib.get_close_matches(stage, config.stages, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"--stage: {stage!r} is not a stage, allowed are {', '.join(config.stages)}{hint}")
+    parent = checkpoint.resolve(start_from)
+    manifest = checkpoint.read_manifest(parent)
+    _check_parent(config, stage, start_from, parent, manifest)
+    _check_models(config, parent, manifest)
+    _check_sizes(config, stage, parent)
+    folders = {name: data / name for name in config.stages[stage].data}
+    fingerprints = {name: identity.fingerprint(folder) for name, folder in folders.items()}
+    described = identity.describe(config, stage, manifest.identity, fingerprints)
+    return Plan(config, stage, out, parent, folders, described)
+
+
+def _check_parent(config: Config, stage: str, start_from: Path, parent: Path, manifest: Manifest) -> None:
+    wanted = config.stages[stage].start_from
+    found = manifest.stage if manifest.kind == "stage" else manifest.kind
+    if found != wanted:
+        raise ValueError(f"stages.{stage}.start_from: is {wanted!r}, but --start-from {start_from} holds {found!r}")
+    if wanted == COMBINED or parent == start_from:  # a checkpoint named outright is taken at its word
+        return
+    iterations = config.stages[wanted].iterations
+    if manifest.iteration != iterations:
+        raise ValueError(
+            f"stages.{wanted}.iterations: is {iterations}, but {start_from} stopped at {manifest.iteration}; train it "
+            f"to its end, or start from {parent} itself"
+        )
+
+
+def _check_models(config: Config, parent: Path, manifest: Manifest) -> None:
+    ours = config.models
+    pairs = {
+        "models.language.image_token": (ours.language.image_token, ("language", "image_token")),
+        "models.vision.feature_layer": (ours.vision.feature_layer, ("vision", "feature_layer")),
+        "models.projector.hidden_size": (ours.projector.hidden_size, ("projector", "hidden_size")),
+        "models.projector.bias": (ours.projector.bias, ("projector", "bias")),
+    }
+    for key, (value, (model, name)) in pairs.items():
+        there = manifest.models.get(model, {}).get(name)
+        if there != value:
+            raise ValueError(f"{key}: is {value!r}, but the checkpoint {parent} was made with {there!r}")
+    there = manifest.settings.get("image_resize", config.data.image_resize)
+    if there != config.data.image_resize:
+        raise ValueError(
+            f"data.image_resize: is {config.data.image_resize!r}, but the checkpoint {parent} was made with {there!r}"
+        )
+
+
+def _check_sizes(config: Config, stage: str, parent: Path) -> None:
+    read = {
+        part: files.read_json(checkpoint.huggingface(parent, part) / "config.json") for part in ("language", "vision")
+    }
+    language_sizes(read["language"], config.parallel.tensor)
+    vision = vision_sizes(read["vision"], config.parallel.tensor)
+    needed = vision.num_image_tokens + _TURN_TOKENS
+    length = config.stages[stage].sequence_length
+    if length < needed:
+        raise ValueError(
+            f"stages.{stage}.sequence_length: {length} cannot hold one picture of {vision.num_image_tokens} tokens "
+            f"and a turn of text; at least {needed} are needed"
+        )

@@ -1,0 +1,199 @@
+"""Builds what a stage needs and runs its iterations: step, report, save."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from vlm import checkpoint, files, loader, model, parallel
+from vlm.checkpoint.places import CHECKPOINTS
+from vlm.model.builder import read_configs, read_pixel_statistics
+from vlm.train import identity, optimizer
+from vlm.train.metrics import Outcome, Reporter, Totals
+from vlm.train.plan import Plan
+from vlm.train.step import NonFiniteError, Step
+
+
+class Trainer:
+    """A stage ready to train. A context: leaving it closes the files and the process groups.
+
+    Args:
+        plan: what to train.
+
+    Raises:
+        ValueError: the processes, the checkpoint or the data do not fit the settings.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.totals = Totals()
+        self.peak_memory_bytes = 0
+        config, stage = plan.config, plan.settings
+        parallel.initialize(config.parallel, config.seed)
+        self.first_rank = torch.distributed.get_rank() == 0
+        newest = self._own_checkpoint()
+        self.model = _build_model(plan)
+        if newest is None:
+            checkpoint.load_model(self.model, plan.parent)
+        self.model.freeze(stage.trainable)
+        self.model.train()
+        wrapped = optimizer.wrap(self.model)
+        self.optimizer, self.schedule = optimizer.build(wrapped, config, stage)
+        self.loader = loader.build(
+            config,
+            plan.stage,
+            plan.data,
+            checkpoint.huggingface(plan.parent, "language"),
+            checkpoint.huggingface(plan.parent, "vision"),
+            rank=parallel_state.get_data_parallel_rank(),
+            world=parallel_state.get_data_parallel_world_size(),
+        )
+        self.iteration = 0 if newest is None else self._resume(newest)
+        self.last_good = newest or plan.parent
+        self.step = Step(
+            wrapped,
+            self.optimizer,
+            self.loader,
+            num_micro_batches=plan.num_micro_batches,
+            sequence_length=stage.sequence_length,
+            device=parallel.device(),
+        )
+        self.reporter = Reporter(
+            plan.out,
+            start=self.iteration,
+            iterations=stage.iterations,
+            description=plan.stage,
+            active=self.first_rank,
+        )
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.reporter.close()
+        if kind is None:  # after an error other ranks may still wait in a collective: leave at once
+            parallel.destroy()
+
+    def train(self) -> None:
+        """Run the iterations that are left, then write `finished.json`.
+
+        Raises:
+            NonFiniteError: names the iteration, the samples and the last good checkpoint. Nothing was saved since.
+        """
+        stage = self.plan.settings
+        while self.iteration < stage.iterations:
+            self.schedule.step(1)
+            try:
+                outcome = self.step()
+            except NonFiniteError as error:
+                raise NonFiniteError(
+                    f"{self.plan.stage}: iteration {self.iteration + 1} is not finite: {error}. "
+                    f"The last good checkpoint is {self.last_good}; nothing was written over it."
+                ) from None
+            self.iteration += 1
+            last = self.iteration == stage.iterations
+            self._report(outcome, now=last or self.iteration % stage.log_interval == 0)
+            if last or self.iteration % stage.save_interval == 0:
+                self._save()
+        self._finish()
+
+    def _report(self, outcome: Outcome, *, now: bool) -> None:
+        self.totals.add(outcome)
+        self.reporter.advance(outcome)
+        if now:
+            self.reporter.write(self.totals.line(self.iteration, outcome, optimizer.learning_rate(self.optimizer)))
+
+    def _own_checkpoint(self) -> Path | None:
+        """Where this run stopped. What another run left in the folder is moved aside first."""
+        out = self.plan.out
+        known = identity.read(out / CHECKPOINTS)
+        torch.distributed.barrier()  # all ranks have read before the first one moves anything
+        if known != self.plan.identity and self.first_rank:
+            folder = identity.set_aside(out, known)
+            if folder is not None:
+                why = identity.difference(known, self.plan.identity) if known else "nothing says what it was"
+                print(f"{self.plan.stage}: another run was moved to {folder} ({why})", file=sys.stderr)
+            identity.write(out / CHECKPOINTS, self.plan.identity)
+        torch.distributed.barrier()
+        return checkpoint.latest(out)
+
+    def _layout(self) -> dict[str, int]:
+        """Settings that the loader's state depends on."""
+        return {"data.workers": self.plan.config.data.workers, "parallel (data ranks)": self.plan.config.parallel.data}
+
+    def _resume(self, newest: Path) -> int:
+        resumed = checkpoint.load_stage(newest, model=self.model, optimizer=self.optimizer, scheduler=self.schedule)
+        for key, value in self._layout().items():
+            there = resumed.extra["layout"][key]
+            if there != value:
+                raise ValueError(
+                    f"{key}: is {value}, but {newest} was written with {there}, and the place in the data cannot be "
+                    f"carried over; set it back, or move {self.plan.out} away to train from the start"
+                )
+        self.loader.restore(resumed.loader)
+        self.totals = Totals(**resumed.extra["totals"])
+        self.peak_memory_bytes = resumed.extra["peak_memory_bytes"]
+        if self.first_rank:
+            print(f"{self.plan.stage}: resuming after iteration {resumed.iteration} from {newest}", file=sys.stderr)
+        return resumed.iteration
+
+    def _save(self) -> None:
+        self.reporter.sync()
+        self.last_good = checkpoint.save_stage(
+            self.plan.out,
+            stage=self.plan.stage,
+            iteration=self.iteration,
+            parent=self.plan.parent,
+            trainable=self.plan.settings.trainable,
+            identity=self.plan.digest,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.schedule,
+            loader=self.loader.state(),
+            extra={"totals": asdict(self.totals), "layout": self._layout(), "peak_memory_bytes": self._peak_memory()},
+        )
+
+    def _peak_memory(self) -> int:
+        """Largest memory of this rank over all its processes so far: of its GPU, or of the process where it has none."""
+        if torch.cuda.is_available():
+            now = torch.cuda.max_memory_allocated()
+        else:
+            now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.peak_memory_bytes = max(self.peak_memory_bytes, now)
+        return self.peak_memory_bytes
+
+    def _finish(self) -> None:
+        if not self.first_rank:
+            return
+        trained, frozen = optimizer.num_parameters(self.model)
+        losses = [line["loss"] for line in self.reporter.lines]
+        report: dict[str, Any] = {
+            "stage": self.plan.stage,
+            "checkpoint": str(self.last_good.relative_to(self.plan.out)),
+            "iterations": self.iteration,
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
+            "seconds": round(self.totals.elapsed_seconds, 3),
+            "peak_memory_bytes": self._peak_memory(),
+            "trained_parameters": trained,
+            "frozen_parameters": frozen,
+            "samples": self.totals.samples,
+            "tokens": self.totals.tokens,
+            "rejected": self.loader.rejected,
+        }
+        files.write_json(self.plan.out / "finished.json", report)
+
+
+def _build_model(plan: Plan) -> Any:
+    """The model without weights: they are loaded next."""
+    folder = plan.parent / "huggingface"
+    return model.build(*read_configs(folder), plan.config, *read_pixel_statistics(folder / "vision"), initialise=False)
