@@ -101,15 +101,6 @@ class _Reader(dcp.FileSystemReader):
         return self._metadata
 
 
-def stored(folder: Path) -> dict[str, Spec]:
-    """Type and global shape of every tensor of one folder, without its parents.
-
-    Raises:
-        ValueError: the files of the distributed checkpoint are missing.
-    """
-    return _specs(_reader(folder))
-
-
 def _reader(folder: Path) -> _Reader:
     for name in (".metadata", "metadata.json", "common.pt"):
         if not (folder / name).is_file():

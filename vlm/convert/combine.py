@@ -21,8 +21,6 @@ from vlm.model.sizes import language_sizes, vision_sizes
 from vlm.weights import projector_table
 from vlm.weights.tables import num_bytes
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def combine(config: Path, language: Path, vision: Path, out: Path) -> None:
     """Join two converted models and a projector drawn from `models.projector` and `seed`.
@@ -122,5 +120,5 @@ def _projector(run: settings.Config, folders: dict[str, Path]) -> dict[str, Tens
         tensor = torch.zeros(row.shape)
         if row.ours.endswith("weight"):
             tensor.normal_(0.0, wanted.init_std, generator=generator)
-        tensors[row.ours] = tensor.to(DTYPES[run.dtype])
+        tensors[row.ours] = tensor.to(getattr(torch, run.dtype))
     return tensors

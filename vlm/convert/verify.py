@@ -1,4 +1,4 @@
-"""`vlm convert verify`: the combined checkpoint computes in fp32 what `transformers` computes from the same base models.
+"""`vlm convert verify`: in fp32 the combined checkpoint computes what `transformers` computes from its base models.
 
 Shapes: B batch, S sequence, N pictures, P patches, V vocabulary.
 """

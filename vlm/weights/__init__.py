@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from vlm.weights.exported import Exported, is_exported, load_exported, read_exported
 from vlm.weights.folder import Folder, write_sharded
 from vlm.weights.tables import Row, Table, language_table, projector_table, vision_table
 
-__all__ = ["Folder", "Row", "Table", "language_table", "projector_table", "vision_table", "write_sharded"]
+__all__ = [
+    "Exported",
+    "Folder",
+    "Row",
+    "Table",
+    "is_exported",
+    "language_table",
+    "load_exported",
+    "projector_table",
+    "read_exported",
+    "vision_table",
+    "write_sharded",
+]

@@ -21,6 +21,8 @@ from torch import Tensor
 from vlm.files import read_json
 from vlm.weights.tables import Row, Shape, Table, num_bytes
 
+Spec = tuple[torch.dtype, Shape]
+"""Type and shape of a tensor."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
@@ -125,29 +127,37 @@ class Folder:
         choices = list(candidates)
         return next((prefix for prefix in choices if prefix + table_name in self.entries), choices[0])
 
-    def check(self, table: Table) -> None:
-        """Compare with a table before anything is written.
+    def check(self, *tables: Table) -> None:
+        """Compare with the tables that together describe the folder, before anything is written.
 
         Raises:
             ValueError: naming missing and unexpected tensors, and shapes that contradict `config.json`.
         """
-        names = table.names()
-        missing = [name for name in names if name not in self.entries]
+        rows = [row for table in tables for row in table.rows]
+        names = {name for row in rows for name in row.theirs}
+        missing = sorted(names - self.entries.keys())
         if missing:
             raise ValueError(f"{self.path}: {_some(missing)} missing from {self._where()}")
-        unexpected = [name for name in self.entries if name not in names and not table.ignored.fullmatch(name)]
+        unexpected = [
+            name
+            for name in self.entries
+            if name not in names and not any(table.ignored.fullmatch(name) for table in tables)
+        ]
         if unexpected:
             raise ValueError(f"{self.path}: {_some(unexpected)} unexpected: config.json describes no such weight")
-        for row in table.rows:
-            for name, dims, shape in zip(row.theirs, row.dims, row.shapes, strict=True):
-                found = self.entries[name].shape
-                if found != shape:
-                    raise ValueError(
-                        f"{self.entries[name].file}: {name} has shape {list(found)}, config.json gives {list(shape)} "
-                        f"({', '.join(dims)})"
-                    )
-            if len({self.entries[name].dtype for name in row.theirs}) > 1:
-                raise ValueError(f"{self.path}: {', '.join(row.theirs)} differ in type")
+        for row in rows:
+            self._check_row(row)
+
+    def _check_row(self, row: Row) -> None:
+        for name, dims, shape in zip(row.theirs, row.dims, row.shapes, strict=True):
+            found = self.entries[name].shape
+            if found != shape:
+                raise ValueError(
+                    f"{self.entries[name].file}: {name} has shape {list(found)}, config.json gives {list(shape)} "
+                    f"({', '.join(dims)})"
+                )
+        if len({self.entries[name].dtype for name in row.theirs}) > 1:
+            raise ValueError(f"{self.path}: {', '.join(row.theirs)} differ in type")
 
     def join(self, row: Row) -> Tensor:
         """Our tensor of one row."""
@@ -168,10 +178,10 @@ def _some(names: list[str]) -> str:
 
 def write_sharded(
     folder: Path,
-    specs: Mapping[str, tuple[torch.dtype, Shape]],
+    specs: Mapping[str, Spec],
     tensors: Iterator[tuple[str, Tensor]],
     max_shard_bytes: int = 5_000_000_000,
-    progress: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Write safetensors as the Hub has them: one file, or shards with an index.
 
@@ -181,7 +191,7 @@ def write_sharded(
         tensors: name and tensor, one at a time; converted to the type in `specs`.
         progress: told the bytes written.
     """
-    shards: list[dict[str, tuple[torch.dtype, Shape]]] = [{}]
+    shards: list[dict[str, Spec]] = [{}]
     filled = 0
     for name, (dtype, shape) in specs.items():
         size = num_bytes(shape, dtype)
@@ -203,9 +213,9 @@ def write_sharded(
 
 def _write_file(
     file: Path,
-    shard: Mapping[str, tuple[torch.dtype, Shape]],
+    shard: Mapping[str, Spec],
     tensors: Iterator[tuple[str, Tensor]],
-    progress: Callable[[int], None],
+    progress: Callable[[int], object],
 ) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

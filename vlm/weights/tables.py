@@ -99,9 +99,6 @@ class Table:
     rows: tuple[Row, ...]
     ignored: re.Pattern[str]
 
-    def names(self) -> dict[str, Row]:
-        return {name: row for row in self.rows for name in row.theirs}
-
 
 _LANGUAGE_LAYER = (
     # ours, theirs, sizes of theirs

@@ -1,0 +1,192 @@
+"""`vlm export`: a folder that stock `transformers` loads as `LlavaForConditionalGeneration`, with its processor.
+
+Names are those of the LLaVA-1.5 folders on the Hub, which every version of `transformers` since 4.36 reads.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vlm import checkpoint, files
+from vlm.checkpoint import Manifest, Tensors
+from vlm.config import Models
+from vlm.model.sizes import CLIP_MEAN, CLIP_STD, LanguageSizes, VisionSizes, language_sizes, vision_sizes
+from vlm.weights import Row, language_table, projector_table, vision_table, write_sharded
+from vlm.weights.folder import Spec
+from vlm.weights.tables import num_bytes
+
+_BICUBIC = 3
+_WITH_PICTURES = """\
+{%- set text = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set content = namespace(text='') -%}
+{%- if message['content'] is string -%}
+{%- set content.text = message['content'] -%}
+{%- else -%}
+{%- for item in message['content'] -%}
+{%- if item['type'] == 'image' -%}
+{%- set content.text = content.text + IMAGE_TOKEN + '\\n' -%}
+{%- elif item['type'] == 'text' -%}
+{%- set content.text = content.text + item['text'] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set text.messages = text.messages + [{'role': message['role'], 'content': content.text}] -%}
+{%- endfor -%}
+{%- set messages = text.messages -%}
+"""
+"""Goes before the language model's own template, which knows messages of text only: `<image>`, newline, text."""
+
+
+def export(checkpoint: Path, out: Path) -> None:
+    """Write a checkpoint of any stage as a Hugging Face folder with safetensors.
+
+    Args:
+        checkpoint: a combined checkpoint, one of a stage, or a stage's folder.
+        out: the folder. Complete or absent; what was there before is replaced at the end.
+
+    Raises:
+        ValueError: only one of the base models is in the checkpoint, or the projector has a shape that `transformers`
+            cannot express.
+    """
+    _write(Tensors(Path(checkpoint)), Path(out))
+
+
+def _write(tensors: Tensors, out: Path) -> None:
+    path, manifest = tensors.links[0]
+    if manifest.kind not in ("combined", "stage"):
+        raise ValueError(f"{path}: is a {manifest.kind} model alone; combine it first, or export a stage")
+    language = _config(path, "language")
+    vision = _config(path, "vision")
+    sizes, vision_size = language_sizes(language), vision_sizes(vision)
+    models = Models.model_validate(manifest.models)
+    if models.projector.hidden_size != sizes.hidden_size:
+        raise ValueError(
+            f"models.projector.hidden_size: {models.projector.hidden_size} cannot be exported: transformers' projector "
+            f"has the language model's hidden size {sizes.hidden_size} in the middle"
+        )
+    dtype = getattr(torch, manifest.settings["dtype"])
+    rows = _rows(language, vision, models, sizes, vision_size)
+    specs: dict[str, Spec] = {
+        name: (dtype, shape) for row in rows for name, shape in zip(row.theirs, row.shapes, strict=True)
+    }
+    total = sum(num_bytes(shape, dtype) for dtype, shape in specs.values())
+    with checkpoint.writing(out) as folder:
+        with tqdm(total=total, desc="export", unit="B", unit_scale=True) as bar:
+            write_sharded(folder, specs, _tensors(rows, tensors), progress=bar.update)
+        token = _tokenizer_files(checkpoint.huggingface(path, "language"), folder, models.language.image_token)
+        files.write_json(folder / "config.json", _llava_config(language, vision, manifest, token, vision_size))
+        _generation_config(checkpoint.huggingface(path, "language"), folder, language)
+        _processor_files(checkpoint.huggingface(path, "vision"), folder, manifest, vision_size)
+
+
+def _config(path: Path, part: str) -> dict[str, Any]:
+    config: dict[str, Any] = files.read_json(checkpoint.huggingface(path, part) / "config.json")
+    return config
+
+
+def _rows(
+    language: dict[str, Any], vision: dict[str, Any], models: Models, sizes: LanguageSizes, vision_size: VisionSizes
+) -> list[Row]:
+    projector = models.projector
+    return [
+        *language_table(language, theirs="language_model.").rows,
+        *vision_table(vision, theirs="vision_tower.vision_model.").rows,
+        *projector_table(vision_size.hidden_size, projector.hidden_size, sizes.hidden_size, bias=projector.bias).rows,
+    ]
+
+
+def _tensors(rows: list[Row], tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
+    for row in rows:
+        yield from row.split(tensors.read(row.ours)).items()
+
+
+def _llava_config(
+    language: dict[str, Any], vision: dict[str, Any], manifest: Manifest, token: int, size: VisionSizes
+) -> dict[str, Any]:
+    models = Models.model_validate(manifest.models)
+    dtype = manifest.settings["dtype"]
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "text_config": {**language, "dtype": dtype},
+        "vision_config": {**vision, "dtype": dtype},
+        "image_token_index": token,
+        "image_seq_length": size.num_image_tokens,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": models.projector.bias,
+        "vision_feature_layer": models.vision.feature_layer,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": bool(language.get("tie_word_embeddings", False)),
+        "dtype": dtype,
+    }
+
+
+def _tokenizer_files(source: Path, folder: Path, image_token: str) -> int:
+    """Copy the tokenizer, with a chat template that takes pictures too; returns the image token's id."""
+    from tokenizers import Tokenizer
+
+    for path in source.iterdir():
+        if path.name not in ("config.json", "generation_config.json"):
+            shutil.copyfile(path, folder / path.name)
+    config = files.read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
+    template = config.pop("chat_template", None)
+    if (source / "chat_template.jinja").is_file():
+        template = (source / "chat_template.jinja").read_text()
+    if isinstance(template, str):
+        literal = "'" + image_token.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        files.write_text(folder / "chat_template.jinja", _WITH_PICTURES.replace("IMAGE_TOKEN", literal) + template)
+    # Batches of prompts are padded on the left: the answer goes on from the last token.
+    config |= {"processor_class": "LlavaProcessor", "padding_side": "left"}
+    files.write_json(folder / "tokenizer_config.json", config)
+    token: int = Tokenizer.from_file(str(source / "tokenizer.json")).token_to_id(image_token)
+    return token
+
+
+def _generation_config(source: Path, folder: Path, language: dict[str, Any]) -> None:
+    path = source / "generation_config.json"
+    config = files.read_json(path) if path.is_file() else {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if config.get(key) is None and language.get(key) is not None:
+            config[key] = language[key]
+    config.pop("_from_model_config", None)
+    files.write_json(folder / "generation_config.json", config)
+
+
+def _processor_files(source: Path, folder: Path, manifest: Manifest, size: VisionSizes) -> None:
+    """Image processor as the pictures were prepared in training, and the processor that joins it to the tokenizer."""
+    path = source / "preprocessor_config.json"
+    found = files.read_json(path) if path.is_file() else {}
+    side = {"height": size.image_size, "width": size.image_size}
+    crop = manifest.settings["image_resize"] == "crop"
+    image_processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size.image_size} if crop else side,
+        "resample": _BICUBIC,
+        "do_center_crop": crop,
+        "crop_size": side,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": found.get("image_mean", CLIP_MEAN),
+        "image_std": found.get("image_std", CLIP_STD),
+    }
+    files.write_json(folder / "preprocessor_config.json", image_processor)
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": manifest.models["language"]["image_token"],
+        "patch_size": size.patch_size,
+        "num_additional_image_tokens": 1,  # the class token, which the select strategy takes off again
+        "vision_feature_select_strategy": "default",
+    }
+    files.write_json(folder / "processor_config.json", processor)
