@@ -1,0 +1,83 @@
+"""The workflow as a plan: what it refuses before any job, how fast it is read, and what it never imports."""
+
+from __future__ import annotations
+
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+from workspace import ROOT, Snakemake, jobs
+
+
+def test_dry_run_takes_three_seconds_and_no_torch(snakemake: Snakemake) -> None:
+    def processor_seconds() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before = processor_seconds()
+    plan = snakemake("all", "-n")
+    assert plan.returncode == 0, plan.stdout
+    assert processor_seconds() - before < 3
+    assert "Training stage sft" in jobs(plan.stdout)
+
+    imported = snakemake("all", "-n", PYTHONPROFILEIMPORTTIME="1").stdout
+    assert re.search(r"\| +vlm\.config$", imported, flags=re.MULTILINE)
+    assert not re.search(r"\| +(torch|megatron|transformers)$", imported, flags=re.MULTILINE)
+
+
+def test_full_recipe_fetches_and_shares_the_miniatures_steps(snakemake: Snakemake) -> None:
+    """One code path: without its overlay the miniature differs only in where the data come from."""
+    tiny, full = jobs(snakemake("all", "-n").stdout), jobs(snakemake("all", "-n", "-c1", profile="none").stdout)
+    fetched = {job for job in full if job.startswith("Fetching the data of")}
+    assert {job.split()[4] for job in fetched} == {"pretrain", "sft", "captions", "mmmu"}
+    models = re.compile(r"Fetching the (language|vision) model .*|Writing the report .*")
+    assert {job for job in tiny if not models.fullmatch(job)} - full == {"Rendering the miniature data sets"}
+    assert {job for job in full if not models.fullmatch(job)} - tiny == fetched
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        pytest.param("stages={sft: {optimiser: {}}}", ["stages.sft.optimiser", "'optimizer'"], id="misspelt-key"),
+        pytest.param(
+            "stages={sft: {start_from: pretrian}}", ["stages.sft.start_from", "'pretrain'"], id="no-such-stage"
+        ),
+        pytest.param("stages={pretrain: {start_from: sft}}", ["circle"], id="stages-in-a-circle"),
+        pytest.param("data={sets: {mmmu: {source: a}}}", ["data.sets.mmmu"], id="set-named-as-evaluation"),
+        pytest.param("data={sets: {sft: {source: other/coco}}}", ["coco"], id="two-sources-in-one-folder"),
+        pytest.param("parallel={nodes: 2}", ["parallel.nodes"], id="several-machines"),
+    ],
+)
+def test_mistakes_stop_the_run_before_the_first_job(snakemake: Snakemake, change: str, words: list[str]) -> None:
+    refused = snakemake("all", "--config", change)
+    assert refused.returncode != 0
+    assert "Traceback" not in refused.stdout
+    assert len(refused.stdout.splitlines()) < 15
+    for word in words:
+        assert word in refused.stdout
+    assert "Job " not in refused.stdout
+
+
+def test_stage_names_are_targets(snakemake: Snakemake) -> None:
+    assert "Training stage sft" not in jobs(snakemake("pretrain", "-n").stdout)
+    assert "Training stage sft" in jobs(snakemake("sft", "-n").stdout)
+    assert jobs(snakemake("tiny_models", "-n").stdout) == {
+        f"Training the miniature {part} model from nothing" for part in ("language", "vision")
+    }
+
+
+def test_every_step_has_a_log_and_a_benchmark() -> None:
+    for path in sorted((ROOT / "workflow/rules").glob("*.smk")):
+        text = path.read_text()
+        counts = {
+            word: len(re.findall(rf"^ +{word}:$", text, flags=re.MULTILINE)) for word in ("shell", "log", "benchmark")
+        }
+        assert len(set(counts.values())) == 1, f"{path.name}: {counts}"
+
+
+def test_the_schema_of_the_configuration_is_current() -> None:
+    command = [sys.executable, ROOT / "workflow/scripts/config_schema.py", "--check"]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr

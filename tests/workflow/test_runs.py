@@ -1,0 +1,97 @@
+"""What runs, what runs again, and what is left alone: the real workflow with stand-ins for the commands."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import yaml
+from workspace import Snakemake, environment, jobs
+
+SFT_AND_AFTER = {
+    "Training stage sft",
+    *(f"Generating {task} with the model sft" for task in ("captions", "captions_shuffled", "mmmu")),
+    *(f"Scoring {task} of the model sft" for task in ("captions", "captions_shuffled", "mmmu")),
+    "Gathering the scores",
+    "Drawing the scores",
+    "Drawing the loss curves",
+    "Making the gallery",
+    "Keeping the configuration",
+    "Writing the model after sft as a transformers LLaVA folder",
+    "Writing the report results/tiny/report.html",
+}
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+def test_everything_is_made_once_and_a_change_remakes_only_what_follows(workspace: Path, snakemake: Snakemake) -> None:
+    first = snakemake("all")
+    assert first.returncode == 0, first.stdout
+    resolved = yaml.safe_load((workspace / "results/tiny/config.yaml").read_text())
+    assert resolved["run"] == "tiny" and resolved["models"]["projector"]["bias"] is True
+
+    report = (workspace / "results/tiny/report.html").read_text()
+    assert "Gallery" in report and "loss of every stage" in report
+    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=[\"']https?:", report), (
+        "the report needs the internet"
+    )
+
+    assert "Nothing to be done" in snakemake("all", "-n").stdout
+
+    other_rate = snakemake("all", "-n", "--config", "stages={sft: {optimizer: {lr: 3e-4}}}")
+    assert jobs(other_rate.stdout) == SFT_AND_AFTER
+    assert "3e-4" not in (workspace / "results/tiny/config.yaml").read_text(), "a dry run changed what commands read"
+
+    assert jobs(snakemake("all", "-n", "--config", "evaluation={batch_size: 8}").stdout) == {
+        "Keeping the configuration",
+        "Writing the report results/tiny/report.html",
+    }
+    assert jobs(snakemake("coco_scores", "-n", "--forcerun", "score_captions").stdout) == {
+        f"Scoring {task} of the model {model}"
+        for task in ("captions", "captions_shuffled")
+        for model in ("combined", "pretrain", "sft")
+    }
+
+    remade = snakemake("all", "--config", "stages={sft: {optimizer: {lr: 3e-4}}}")
+    assert remade.returncode == 0, remade.stdout
+    calls = (workspace / "calls.txt").read_text().splitlines()
+    assert [len([call for call in calls if f"--stage {stage}" in call]) for stage in ("pretrain", "sft")] == [1, 2]
+    assert (
+        yaml.safe_load((workspace / "results/tiny/config.yaml").read_text())["stages"]["sft"]["optimizer"]["lr"] == 3e-4
+    )
+
+
+def test_make_demo_goes_on_after_snakemake_was_killed(workspace: Path) -> None:
+    """SIGKILL leaves Snakemake's lock and an incomplete output behind; a plain rerun copes with both."""
+    (workspace / ".venv/.installed").touch()
+    (workspace / "hold").touch()
+    command = ["make", "--assume-old=.venv/.installed", "demo"]
+    environ = environment(workspace)
+    with open(workspace / "first.log", "w") as log:
+        first = subprocess.Popen(command, cwd=workspace, env=environ, stdout=log, stderr=log, start_new_session=True)
+        wait_for(workspace / "results/tiny/train/pretrain/started")
+
+        second = subprocess.run(command, cwd=workspace, env=environ, capture_output=True, text=True, timeout=60)
+        assert second.returncode != 0 and "Another `make demo` is running" in second.stderr
+
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    assert list((workspace / ".snakemake/locks").iterdir()), "the kill left no lock, so this test shows nothing"
+    assert not (workspace / "results/tiny/train/pretrain/finished.json").exists()
+
+    (workspace / "hold").unlink()
+    again = subprocess.run(command, cwd=workspace, env=environ, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.splitlines()[-1] == "summary of results/tiny/scores/table.csv"
+    calls = (workspace / "calls.txt").read_text().splitlines()
+    assert len([call for call in calls if call.startswith("tiny data")]) == 1, "finished work was done again"
+    assert len([call for call in calls if "--stage pretrain" in call]) == 2

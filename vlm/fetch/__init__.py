@@ -1,0 +1,1 @@
+"""Sources that lie elsewhere, brought to where the workflow reads them."""

@@ -1,0 +1,137 @@
+# What the other files of this folder use: the checked configuration, where things are, and which settings matter to whom.
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from vlm.config import COMBINED, Stage, dump, validate
+
+try:
+    CONFIG = validate(config)
+except ValueError as mistakes:
+    raise WorkflowError(mistakes) from None
+
+# `vlm` and `snakemake` beside the running interpreter, so that the environment need not be activated.
+shell.prefix(f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"; ')
+
+RESULTS = f"results/{CONFIG.run}"
+RESOLVED_CONFIG = f"{RESULTS}/config.yaml"
+
+
+pathvars:
+    results=RESULTS,
+    logs=f"{RESULTS}/logs",
+    benchmarks=f"{RESULTS}/benchmarks",
+
+
+STAGES = list(CONFIG.stages)
+LAST_STAGE = STAGES[-1]
+MODELS = [COMBINED, *STAGES]
+PARTS = ("language", "vision")
+EVALUATIONS = {"captions": CONFIG.evaluation.captions, "mmmu": CONFIG.evaluation.mmmu}
+SOURCES = {**CONFIG.data.sets, **EVALUATIONS}
+INTERVALS = ("save_interval", "log_interval")
+SAMPLING = ("image_resize", "shuffle_buffer", "packing_buffer")
+CAPTION_SET = next(iter(CONFIG.stages[STAGES[0]].data))
+
+
+wildcard_constraints:
+    stage="|".join(STAGES),
+    model="|".join(MODELS),
+    task="captions|captions_shuffled|mmmu",
+    control="random|nearest",
+
+
+def write_resolved_config():
+    """The one file of settings that commands read, touched only when a setting changed."""
+    path, text = Path(RESOLVED_CONFIG), dump(CONFIG)
+    if not path.is_file() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.writing")
+        beside.write_text(text)
+        beside.replace(path)
+
+
+def settings(*keys):
+    """The settings at `keys` (`a/b/c`) as text for `params`: the step runs again when one of them changes."""
+    chosen = {}
+    for key in keys:
+        value = CONFIG.model_dump(mode="json")
+        for step in key.split("/"):
+            value = value[step]
+        chosen[key] = value
+    return json.dumps(chosen)
+
+
+def source_folder(name):
+    """Where the data set `name` lies, named as its source is. The miniature's are rendered there in the same layout."""
+    return f"{RESULTS}/sources/{Path(SOURCES[name].source).name}"
+
+
+def local_files(source):
+    """Files of a source that is a folder on this machine, so that a changed model is converted again; else none."""
+    folder = Path(source)
+    return sorted(str(path) for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+
+def model_folder(model):
+    """What to read a model from: the combined checkpoint, or the folder of its stage."""
+    return f"{RESULTS}/convert/combined" if model == COMBINED else f"{RESULTS}/train/{model}"
+
+
+def finished_file(model):
+    """What has to exist before `model` can be read. A stage's checkpoints are no outputs: Snakemake deletes the
+    outputs of a job that fails, and an interrupted training goes on from them."""
+    return model_folder(model) if model == COMBINED else f"{model_folder(model)}/finished.json"
+
+
+def stage_inputs(wildcards):
+    """The checkpoint that a stage starts from, proven, and the indexed data of its blend."""
+    stage = CONFIG.stages[wildcards.stage]
+    return [
+        f"{RESULTS}/convert/verified.json",
+        finished_file(stage.start_from),
+        *(f"{RESULTS}/data/{name}/.nv-meta/dataset.yaml" for name in stage.data),
+    ]
+
+
+def stage_settings(wildcards):
+    """What decides a stage's weights, as the trainer sees it too when it resumes. How many processes work on it, with
+    which kernels, and how often it saves and logs does not."""
+    own = [f"stages/{wildcards.stage}/{name}" for name in Stage.model_fields if name not in INTERVALS]
+    return settings(*own, "seed", "dtype", *(f"data/{name}" for name in SAMPLING))
+
+
+def evaluation_of(wildcards):
+    """The section of `evaluation` that a task reads."""
+    return "mmmu" if wildcards.task == "mmmu" else "captions"
+
+
+def launcher():
+    """How a training job starts its ranks. Never fewer than the configuration promises."""
+    parallel = CONFIG.parallel
+    if parallel.nodes > 1:
+        raise WorkflowError(
+            f"parallel.nodes: {parallel.nodes} machines are not supported yet, use 1 and raise parallel.ranks_per_node"
+        )
+    if parallel.world_size == 1:
+        return "vlm"
+    return f"torchrun --standalone --nproc-per-node={parallel.ranks_per_node} --no-python vlm"
+
+
+def check_names():
+    """Refuse names that would put two data sets in one folder."""
+    for name in sorted(set(CONFIG.data.sets) & set(EVALUATIONS)):
+        raise WorkflowError(f"data.sets.{name}: the name is taken by evaluation.{name}")
+    owners = {}
+    for name in SOURCES:
+        folder = source_folder(name)
+        if folder in owners:
+            raise WorkflowError(
+                f"the sources of {owners[folder]!r} and {name!r} have the same last name; both would be in {folder}"
+            )
+        owners[folder] = name
+
+
+check_names()

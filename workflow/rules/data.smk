@@ -1,0 +1,81 @@
+# Steps 5-7 and 9: the data sets, their WebDataset shards and the Energon index.
+if CONFIG.miniature:
+
+    rule tiny_data:
+        output:
+            [directory(source_folder(name)) for name in SOURCES],
+        log:
+            "<logs>/data/tiny.log",
+        benchmark:
+            "<benchmarks>/data/tiny.tsv"
+        params:
+            config=RESOLVED_CONFIG,
+            out=subpath(source_folder(CAPTION_SET), parent=True),
+            settings=settings("miniature", "seed"),
+        message:
+            "Rendering the miniature data sets"
+        shell:
+            "vlm tiny data --config {params.config} --out {params.out} > {log} 2>&1"
+
+else:
+    for name, origin in SOURCES.items():
+
+        rule:
+            name:
+                f"fetch_{name}_data"
+            output:
+                directory(source_folder(name)),
+            log:
+                f"<logs>/fetch/{name}.log",
+            benchmark:
+                f"<benchmarks>/fetch/{name}.tsv"
+            params:
+                source=origin.source,
+                revision=origin.revision,
+            message:
+                f"Fetching the data of {name} from {origin.source}"
+            shell:
+                "vlm fetch {params.source:q} {output} --revision {params.revision:q} --kind dataset > {log} 2>&1"
+
+
+for name in CONFIG.data.sets:
+
+    rule:
+        name:
+            f"shard_{name}"
+        input:
+            source_folder(name),
+        output:
+            f"<results>/data/{name}/shards.json",
+        log:
+            f"<logs>/data/shard_{name}.log",
+        benchmark:
+            f"<benchmarks>/data/shard_{name}.tsv"
+        params:
+            config=RESOLVED_CONFIG,
+            out=subpath(output[0], parent=True),
+            settings=settings(f"data/sets/{name}", "data/max_rejected_share", "seed"),
+        message:
+            f"Writing the shards of {name}"
+        shell:
+            f"vlm data shard --config {{params.config}} --set {name} --source {{input}} --out {{params.out}} "
+            "> {log} 2>&1"
+
+    # The index lies inside the folder of the shards, where Energon wants it, so the folder is not itself an output.
+    rule:
+        name:
+            f"index_{name}"
+        input:
+            f"<results>/data/{name}/shards.json",
+        output:
+            f"<results>/data/{name}/.nv-meta/dataset.yaml",
+        log:
+            f"<logs>/data/index_{name}.log",
+        benchmark:
+            f"<benchmarks>/data/index_{name}.tsv"
+        params:
+            shards=subpath(output[0], ancestor=2),
+        message:
+            f"Indexing {name} for Energon"
+        shell:
+            "vlm data index {params.shards} > {log} 2>&1"

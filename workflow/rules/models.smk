@@ -1,0 +1,124 @@
+# Steps 2-4: the base models, as Megatron checkpoints, joined and compared with `transformers`.
+for part in PARTS:
+
+    rule:
+        name:
+            f"fetch_{part}"
+        input:
+            local_files(getattr(CONFIG.models, part).source),
+        output:
+            directory(f"<results>/sources/{part}"),
+        log:
+            f"<logs>/fetch/{part}.log",
+        benchmark:
+            f"<benchmarks>/fetch/{part}.tsv"
+        params:
+            source=getattr(CONFIG.models, part).source,
+            revision=getattr(CONFIG.models, part).revision,
+        message:
+            f"Fetching the {part} model {getattr(CONFIG.models, part).source}"
+        shell:
+            "vlm fetch {params.source:q} {output} --revision {params.revision:q} > {log} 2>&1"
+
+    rule:
+        name:
+            f"convert_{part}"
+        input:
+            f"<results>/sources/{part}",
+        output:
+            directory(f"<results>/convert/{part}"),
+        log:
+            f"<logs>/convert/{part}.log",
+        benchmark:
+            f"<benchmarks>/convert/{part}.tsv"
+        message:
+            f"Converting the {part} model to a Megatron checkpoint"
+        shell:
+            f"vlm convert {part} {{input}} {{output}} > {{log}} 2>&1"
+
+
+rule combine:
+    input:
+        language="<results>/convert/language",
+        vision="<results>/convert/vision",
+    output:
+        directory("<results>/convert/combined"),
+    log:
+        "<logs>/convert/combined.log",
+    benchmark:
+        "<benchmarks>/convert/combined.tsv"
+    params:
+        config=RESOLVED_CONFIG,
+        settings=settings(
+            "models/projector",
+            "models/language/image_token",
+            "models/vision/feature_layer",
+            "data/image_resize",
+            "seed",
+            "dtype",
+        ),
+    message:
+        "Joining both models and a fresh projector"
+    shell:
+        "vlm convert combine --config {params.config} --language {input.language} --vision {input.vision} "
+        "--out {output} > {log} 2>&1"
+
+
+rule verify:
+    input:
+        checkpoint="<results>/convert/combined",
+        language="<results>/sources/language",
+        vision="<results>/sources/vision",
+    output:
+        "<results>/convert/verified.json",
+    log:
+        "<logs>/convert/verified.log",
+    benchmark:
+        "<benchmarks>/convert/verified.tsv"
+    message:
+        "Comparing the combined checkpoint with transformers"
+    shell:
+        "vlm convert verify --checkpoint {input.checkpoint} --language {input.language} --vision {input.vision} "
+        "--out {output} > {log} 2>&1"
+
+
+rule export:
+    input:
+        finished_file(LAST_STAGE),
+    output:
+        directory("<results>/export"),
+    log:
+        "<logs>/export.log",
+    benchmark:
+        "<benchmarks>/export.tsv"
+    params:
+        checkpoint=lambda wildcards: model_folder(LAST_STAGE),
+    message:
+        f"Writing the model after {LAST_STAGE} as a transformers LLaVA folder"
+    shell:
+        "vlm export {params.checkpoint} {output} > {log} 2>&1"
+
+
+# The committed miniature base models, from nothing. Not part of `all`. The folders are no outputs, since Snakemake
+# would delete them when a job starts or fails.
+rule tiny_model:
+    output:
+        touch("results/tiny_models/{part}.made"),
+    log:
+        "results/tiny_models/{part}.log",
+    benchmark:
+        "results/tiny_models/{part}.tsv"
+    wildcard_constraints:
+        part="|".join(PARTS),
+    threads: 2
+    params:
+        out=lambda wildcards: f"resources/tiny/{wildcards.part}",
+    message:
+        "Training the miniature {wildcards.part} model from nothing"
+    shell:
+        "vlm tiny {wildcards.part} --out {params.out} 2>&1 | tee {log}"
+
+
+rule tiny_models:
+    input:
+        expand("results/tiny_models/{part}.made", part=PARTS),

@@ -1,0 +1,24 @@
+# Steps 8 and 10: one rule for every stage of the configuration.
+# Checkpoints and metrics are no outputs, so that a stopped training goes on; the log is also shown, for its progress bar.
+rule train:
+    input:
+        stage_inputs,
+    output:
+        finished="<results>/train/{stage}/finished.json",
+    log:
+        "<logs>/train/{stage}.log",
+    benchmark:
+        "<benchmarks>/train/{stage}.tsv"
+    threads: 2
+    params:
+        launcher=launcher(),
+        config=RESOLVED_CONFIG,
+        start_from=lambda wildcards: model_folder(CONFIG.stages[wildcards.stage].start_from),
+        data=f"{RESULTS}/data",
+        out=subpath(output.finished, parent=True),
+        settings=stage_settings,
+    message:
+        "Training stage {wildcards.stage}"
+    shell:
+        "{params.launcher} train --config {params.config} --stage {wildcards.stage} "
+        "--start-from {params.start_from} --data {params.data} --out {params.out} 2>&1 | tee {log}"
