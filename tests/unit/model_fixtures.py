@@ -25,7 +25,7 @@ LANGUAGE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "vocab_size": 131,
+    "vocab_size": 134,
     "max_position_embeddings": 256,
     "rms_norm_eps": 3e-5,
     "rope_theta": 5000.0,

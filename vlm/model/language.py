@@ -24,8 +24,7 @@ from vlm.model.specs import TorchSpecs
 class LanguageModel(GPTModel):
     """A Mistral or Llama decoder.
 
-    Shapes: B batch, S sequence, D hidden, K head dim, R chosen rows, V vocabulary, padded to what tensor parallelism
-    needs in the weights and cut to the model's own in results.
+    Shapes: B batch, S sequence, D hidden, K head dim, R chosen rows, V vocabulary.
     """
 
     def __init__(
@@ -37,11 +36,10 @@ class LanguageModel(GPTModel):
         pre_process: bool = True,
         post_process: bool = True,
     ) -> None:
-        tensor = config.tensor_model_parallel_size
         super().__init__(
             config,
             specs.block(config.num_layers // config.pipeline_model_parallel_size, causal=True, gated=True),
-            vocab_size=-(-sizes.vocab_size // tensor) * tensor,
+            vocab_size=sizes.vocab_size,
             max_sequence_length=sizes.max_positions,
             pre_process=pre_process,
             post_process=post_process,
@@ -101,7 +99,7 @@ class LanguageModel(GPTModel):
         parts = functional.linear(hidden, self._head())
         if self.pg_collection.tp.size() > 1:
             parts = gather_from_tensor_model_parallel_region(parts)
-        return parts[..., : self.sizes.vocab_size].float()
+        return parts.float()
 
     def _head(self) -> Tensor:
         if self.share_embeddings_and_output_weights:

@@ -112,6 +112,8 @@ def language_sizes(config: Mapping[str, Any], tensor: int = 1) -> LanguageSizes:
     _divides(where, "num_attention_heads", heads, tensor)
     _divides(where, "num_key_value_heads", kv_heads, tensor)
     _divides(where, "intermediate_size", sizes.ffn_hidden_size, tensor)
+    # Padding rows would join the softmax and make the loss depend on the layout.
+    _divides(where, "vocab_size", sizes.vocab_size, tensor)
     return sizes
 
 

@@ -1,0 +1,201 @@
+"""What the model refuses, what freezing does, and the names it writes to checkpoints."""
+
+from __future__ import annotations
+
+import model_fixtures as fixtures
+import pytest
+import torch
+
+from vlm import parallel
+from vlm.model import build
+from vlm.model.sizes import language_sizes, vision_sizes
+
+LANGUAGE, VISION = fixtures.LANGUAGE, fixtures.VISION
+
+
+@pytest.fixture(autouse=True, scope="module")
+def groups():
+    fixtures.initialize()
+    yield
+    parallel.destroy()
+
+
+@pytest.fixture
+def model(groups):
+    parallel.seed_everything(3)
+    return build(LANGUAGE, VISION, fixtures.settings())
+
+
+def saved_tensors(loss):
+    """Names of the autograd nodes of a graph, with how often each occurs."""
+    seen, names, stack = set(), [], [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        names.append(node.name())
+        stack += [parent for parent, _ in node.next_functions]
+    return names
+
+
+def test_freeze_leaves_gradients_to_the_trainable_parts(model):
+    batch = fixtures.packed([(31, 1), (20, 0)])
+    for trainable in (["projector"], ["projector", "language"], ["vision", "projector", "language"]):
+        model.freeze(trainable)
+        model.zero_grad(set_to_none=True)
+        model.train()
+        model(batch).sum().backward()
+        for name, part in model.parts.items():
+            chosen = name in trainable
+            assert part.training == chosen
+            gradients = [p.grad for p in part.parameters()]
+            assert all((g is not None and bool(g.any())) == chosen for g in gradients), (trainable, name)
+
+
+def test_frozen_vision_model_builds_no_graph(model):
+    batch = fixtures.packed([(31, 1)])
+    model.freeze(["projector"])
+    assert not any("Convolution" in name or "LayerNorm" in name for name in saved_tensors(model(batch).sum()))
+    model.freeze(["vision"])
+    assert any("Convolution" in name for name in saved_tensors(model(batch).sum()))
+
+
+def test_text_alone_keeps_the_projector_in_the_graph(model):
+    batch = fixtures.packed([(20, 0), (9, 0)])
+    model.freeze(["projector"])
+    model(batch).sum().backward()
+    for parameter in model.vision_projection.parameters():
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+
+def test_head_runs_at_trained_positions_only(model):
+    batch = fixtures.packed([(31, 1), (20, 0)])
+    seen = []
+    original = model.language_model._specs.linear_cross_entropy
+    model.language_model._specs.linear_cross_entropy = lambda hidden, *rest, **options: (
+        seen.append(hidden.shape),
+        original(hidden, *rest, **options),
+    )[1]
+    losses = model(batch)
+    assert seen == [(len(batch.trained_positions), LANGUAGE["hidden_size"])]
+    assert losses.dtype == torch.float32
+    assert losses.shape == batch.trained_positions.shape
+
+
+def test_unknown_part_is_refused_by_name(model):
+    with pytest.raises(
+        ValueError, match=r"trainable: \['head'\] are not parts, allowed are vision, projector, language"
+    ):
+        model.freeze(["head"])
+
+
+def test_checkpoint_keys_are_the_parameters_names(model):
+    """Layers by number, not stacked: a vision model of fewer blocks reads the checkpoint of the whole."""
+    keys = {key: item.key for key, item in model.sharded_state_dict().items() if "_extra_state" not in key}
+    assert keys == {name: name for name, _ in model.named_parameters()}
+    shorter = build(LANGUAGE, VISION, fixtures.settings(feature_layer=-2)).vision_model.sharded_state_dict()
+    whole = model.vision_model.sharded_state_dict()
+    assert set(shorter) < set(whole)
+    weight = "decoder.layers.1.mlp.linear_fc1.weight"
+    assert shorter[weight].global_shape == whole[weight].global_shape
+
+
+def test_projector_starts_from_the_settings_and_the_seed(model):
+    weight = model.vision_projection.encoder.linear_fc2.weight
+    assert weight.std().item() == pytest.approx(0.3, rel=0.05)
+    assert not model.vision_projection.encoder.linear_fc1.bias.any()
+    parallel.seed_everything(3)
+    again = build(LANGUAGE, VISION, fixtures.settings())
+    assert torch.equal(again.vision_projection.encoder.linear_fc2.weight, weight)
+    without = build(LANGUAGE, VISION, fixtures.settings(bias=False)).vision_projection
+    assert [name for name, _ in without.named_parameters()] == [
+        "encoder.linear_fc1.weight",
+        "encoder.linear_fc2.weight",
+    ]
+
+
+@pytest.mark.parametrize("backend", ["triton", "transformer_engine"])
+def test_backends_to_come_are_refused_by_name(backend):
+    with pytest.raises(ValueError, match=f"kernels.backend: '{backend}' is not built yet; set it to one of torch"):
+        build(LANGUAGE, VISION, fixtures.settings(backend=backend))
+
+
+def test_pipeline_is_refused_by_name():
+    settings = fixtures.settings()
+    layout = settings.parallel.model_copy(update={"pipeline": 2, "ranks_per_node": 2})
+    with pytest.raises(ValueError, match="parallel.pipeline: 2 stages are not built yet"):
+        build(LANGUAGE, VISION, type(settings)(settings.models, settings.kernels, "float32", layout))
+
+
+def without(config, *keys):
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            r"architectures \['GPT2LMHeadModel'\].*allowed are MistralForCausalLM",
+        ),
+        ({"head_dim": None, "hidden_size": 50}, "hidden_size 50 is not a multiple of num_attention_heads 4"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"vocab_size": "many"}, "vocab_size must be a positive integer, received 'many'"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.rope_type 'llama3' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type 'yarn' is not supported"),
+        ({"sliding_window": 128}, "sliding_window 128 is not supported"),
+        ({"attention_bias": True}, "attention_bias True is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+    ],
+)
+def test_language_models_that_cannot_be_built_are_refused_by_key(change, message):
+    with pytest.raises(ValueError, match="config.json of the language model: " + message):
+        language_sizes(LANGUAGE | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"architectures": ["SiglipVisionModel"]},
+            r"architectures \['SiglipVisionModel'\].*allowed are CLIPVisionModel",
+        ),
+        ({"num_attention_heads": 3}, "hidden_size 32 is not a multiple of num_attention_heads 3"),
+        ({"patch_size": 7}, "image_size 24 is not a multiple of patch_size 7"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
+    ],
+)
+def test_vision_models_that_cannot_be_built_are_refused_by_key(change, message):
+    with pytest.raises(ValueError, match="config.json of the vision model: " + message):
+        vision_sizes(VISION | change)
+
+
+def test_sizes_are_those_of_the_files():
+    """Both places of rope_theta; the whole CLIP model's file; keys that older files leave out."""
+    assert language_sizes(LANGUAGE).rope_theta == 5000.0
+    nested = without(LANGUAGE, "rope_theta") | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    assert language_sizes(nested).rope_theta == 1e6
+    llama = without(LANGUAGE, "num_key_value_heads", "head_dim", "sliding_window")
+    sizes = language_sizes(llama | {"architectures": ["LlamaForCausalLM"]})
+    assert (sizes.num_kv_heads, sizes.head_dim) == (4, 12)
+    whole = {"architectures": ["CLIPModel"], "vision_config": without(VISION, "architectures", "hidden_act")}
+    assert vision_sizes(whole) == vision_sizes(VISION)
+    assert vision_sizes(whole).num_image_tokens == 9
+
+
+def test_tensor_ranks_must_divide_the_sizes():
+    with pytest.raises(ValueError, match="num_key_value_heads 2 is not a multiple of parallel.tensor 4"):
+        language_sizes(LANGUAGE, tensor=4)
+    with pytest.raises(ValueError, match="vocab_size 135 is not a multiple of parallel.tensor 2"):
+        language_sizes(LANGUAGE | {"vocab_size": 135}, tensor=2)
+    with pytest.raises(ValueError, match="num_attention_heads 2 is not a multiple of parallel.tensor 4"):
+        vision_sizes(VISION, tensor=4)
+
+
+@pytest.mark.parametrize("layer", [0, -4])
+def test_feature_layer_must_exist(layer):
+    with pytest.raises(ValueError, match=f"feature_layer: {layer} is not between -3 and -1"):
+        vision_sizes(VISION).num_built_layers(layer)
