@@ -1,0 +1,121 @@
+"""What is asked: captions, captions with shuffled pictures, and MMMU's questions with their pictures in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluation_fixtures import mmmu_row, write_coco, write_config, write_mmmu, write_pictures
+
+from vlm import config as configuration
+from vlm.generate import items
+
+IMAGES = [4, 1, 9, 12, 7]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> configuration.Config:
+    return configuration.load(write_config(tmp_path / "config.yaml"))
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    write_coco(tmp_path / "coco/annotations/captions_val2014.json", {image: ["a"] for image in IMAGES})
+    write_pictures(tmp_path / "coco/val2014", IMAGES)
+    return tmp_path / "coco"
+
+
+def test_captions(settings: configuration.Config, coco: Path) -> None:
+    read = items.read_captions(settings, coco)
+    assert [item.id for item in read] == [item.record["image_id"] for item in read] == IMAGES
+    assert read[0].prompt == f"<image>\n{settings.evaluation.captions.prompt}"
+    assert read[0].image == "COCO_val2014_000000000004.jpg"
+    assert read[0].pictures == (coco / "val2014" / read[0].image,)
+    (coco / "val2014" / read[2].image).unlink()
+    with pytest.raises(ValueError, match=r"1 of 5 pictures are missing, first .*000000000009\.jpg"):
+        items.read_captions(settings, coco)
+
+
+def test_the_karpathy_file_lists_ids_alone(settings: configuration.Config, coco: Path) -> None:
+    path = coco / "annotations/captions_val2014.json"
+    path.write_text(path.read_text().replace('"file_name"', '"other"'))
+    assert items.read_captions(settings, coco)[1].image == "COCO_val2014_000000000001.jpg"
+
+
+def test_shuffled_pictures_are_a_derangement_by_seed(
+    settings: configuration.Config, coco: Path, tmp_path: Path
+) -> None:
+    orders = set()
+    for seed in range(12):
+        seeded = configuration.load(write_config(tmp_path / "config.yaml", seed=seed))
+        plain, shuffled = items.read_captions(seeded, coco), items.read_captions_shuffled(seeded, coco)
+        assert [item.id for item in shuffled] == [item.id for item in plain]
+        assert [item.record for item in shuffled] == [item.record for item in plain]
+        assert all(one.pictures != other.pictures for one, other in zip(plain, shuffled, strict=True))
+        assert {item.pictures for item in shuffled} == {item.pictures for item in plain}
+        assert items.read_captions_shuffled(seeded, coco) == shuffled
+        orders.add(tuple(str(item.image) for item in shuffled))
+    assert len(orders) > 6
+
+
+def mmmu(settings: configuration.Config, folder: Path, *rows: dict[str, Any]) -> list[items.Item]:
+    write_mmmu(folder, {"Shapes": list(rows)})
+    return items.read_mmmu(settings, folder)
+
+
+def test_mmmu_prompts(settings: configuration.Config, tmp_path: Path) -> None:
+    choice = mmmu_row("validation_Shapes_1", "Which of <image 2> and <image 1>?", ["the {left}", "<image 2>"], images=2)
+    open_one = mmmu_row("validation_Shapes_2", " How many? ", [], images=1, answer="3")
+    first, second = mmmu(settings, tmp_path, choice, open_one)
+    pictures = [choice[f"image_{n}"]["bytes"] for n in (1, 2)]
+    assert first.prompt == ("Which of <image> and <image>?\n(A) the {left}\n(B) <image>\nAnswer with the letter.")
+    assert first.pictures == (pictures[1], pictures[0], pictures[1])
+    assert first.image == ["2.png", "1.png", "2.png"]
+    assert first.record == {
+        "question_type": "multiple-choice",
+        "all_choices": ["A", "B"],
+        "index2ans": {"A": "the {left}", "B": "<image 2>"},
+        "answer": "A",
+    }
+    assert second.prompt == "<image>\nHow many?\nAnswer with one word."
+    assert second.record == {"question_type": "open", "answer": "3"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            mmmu_row("v_S_1", "See <image 2>", ["a", "b"], images=1),
+            "v_S_1: <image 2> stands in the text, but image_2 is",
+        ),
+        (mmmu_row("v_S_1", "What?", ["a"], images=1) | {"question_type": "multiple-choice"}, "with 1 options"),
+        (mmmu_row("v_S_1", "What?", ["a", "b"], images=1) | {"options": "[a"}, "options are not a list"),
+    ],
+    ids=["no-picture", "one-option", "options"],
+)
+def test_mmmu_questions_that_do_not_fit_are_refused(
+    settings: configuration.Config, tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        mmmu(settings, tmp_path, row)
+
+
+def test_mmmu_files_that_are_none_are_refused(settings: configuration.Config, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no <Subject>/validation-\*\.parquet"):
+        items.read_mmmu(settings, tmp_path)
+    row = mmmu_row("validation_Shapes_1", "What?", ["a", "b"], images=1)
+    with pytest.raises(ValueError, match="1 ids occur more than once, first validation_Shapes_1"):
+        mmmu(settings, tmp_path, row, row)
+    with pytest.raises(ValueError, match="columns options are missing"):
+        mmmu(settings, tmp_path, {key: value for key, value in row.items() if key != "options"})
+    (tmp_path / "Shapes/validation-00000-of-00001.parquet").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match="not a parquet file"):
+        items.read_mmmu(settings, tmp_path)
+
+
+def test_a_template_that_cannot_be_filled_is_refused_by_key(tmp_path: Path) -> None:
+    changes = {"mmmu": {"prompt_open": "{query}"}}
+    seeded = configuration.load(write_config(tmp_path / "config.yaml", evaluation=changes))
+    with pytest.raises(ValueError, match=r"evaluation\.mmmu\.prompt_open: cannot be filled"):
+        mmmu(seeded, tmp_path, mmmu_row("validation_Shapes_2", "What?", [], images=1))

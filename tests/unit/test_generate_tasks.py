@@ -1,0 +1,168 @@
+"""The file of answers: appended as it goes, taken up after an interruption, never mixed. A stand-in model answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluation_fixtures import mmmu_row, write_coco, write_config, write_mmmu, write_pictures
+
+from vlm.evaluate import captions, mmmu
+from vlm.generate import speaker, tasks
+
+IMAGES = [4, 1, 9, 12, 7, 30, 22]
+BATCH = 3
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+@dataclass
+class StandIn:
+    """Answers with the names of a batch's prompts; dies at its n-th batch."""
+
+    dies_at: int | None = None
+    resize: str = "crop"
+    batches: list[list[str]] = field(default_factory=list)
+
+    @property
+    def prompter(self) -> StandIn:
+        return self
+
+    def generation(self, text: str, num_images: int, *, key: str) -> list[int]:
+        return [0] * (
+            10 + int(key) % 3 if key.isdigit() else len(text)
+        )  # sorting changes the order
+
+    def prompt(self, text: str, pictures: tuple[Any, ...], name: str) -> str:
+        return name
+
+    def answer(self, prompts: list[str], max_new_tokens: int) -> list[str]:
+        if len(self.batches) == self.dies_at:
+            raise KilledError
+        self.batches.append(prompts)
+        return [f"a – {prompt} of {max_new_tokens}" for prompt in prompts]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., StandIn]:
+    write_coco(tmp_path / "coco/annotations/captions_val2014.json", {image: ["a"] for image in IMAGES})
+    write_pictures(tmp_path / "coco/val2014", IMAGES)
+
+    def call(
+        out: Path, model: StandIn | None = None, checkpoint: str = "one", task: str = "captions", **changes: Any
+    ) -> StandIn:
+        model = model or StandIn()
+        monkeypatch.setattr(speaker, "load", lambda folder, **options: model)
+        monkeypatch.setattr(speaker, "identity", lambda folder: folder.name * 30)
+        settings = {"evaluation": {"batch_size": BATCH} | changes}
+        config = write_config(tmp_path / "config.yaml", **settings)
+        source = tmp_path / ("mmmu" if task == "mmmu" else "coco")
+        tasks.generate(config, Path(checkpoint), task, source, out)
+        return model
+
+    return call
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_lines_are_in_the_order_of_the_task_and_score(run: Callable[..., StandIn], tmp_path: Path) -> None:
+    out = tmp_path / "new/captions.jsonl"
+    model = run(out)
+    assert [line["id"] for line in lines(out)] == IMAGES
+    assert captions.read_predictions(out) == {image: f"a – {image} of 40" for image in IMAGES}
+    assert [len(batch) for batch in model.batches] == [3, 3, 1]
+    lengths = [[int(name) % 3 for name in batch] for batch in model.batches]
+    assert lengths == [[1, 1, 1], [1, 0, 0], [0]]  # longest first
+    assert sorted(path.name for path in out.parent.iterdir()) == ["captions.jsonl"]
+    first = lines(out)[0]
+    assert {"id", "image", "prompt", "response", "image_id", "checkpoint", "settings"} == set(first)
+
+
+@pytest.mark.parametrize("torn", [0, 1, 25], ids=["whole-lines", "only-the-newline", "half-a-line"])
+def test_an_interrupted_file_is_continued_as_if_undisturbed(
+    run: Callable[..., StandIn], tmp_path: Path, torn: int
+) -> None:
+    run(tmp_path / "undisturbed.jsonl")
+    out = tmp_path / "captions.jsonl"
+    with pytest.raises(KilledError):
+        run(out, StandIn(dies_at=2))
+    partial = tmp_path / "captions.jsonl.partial"
+    assert not out.exists() and len(lines(partial)) == 6
+    content = partial.read_bytes()
+    partial.write_bytes(content[: len(content) - torn])
+    before = partial.read_bytes().rpartition(b"\n")[0]
+    again = run(out)
+    assert len(again.batches) == (1 if torn == 0 else 2)
+    assert out.read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
+    assert all(line in out.read_bytes() for line in before.split(b"\n"))
+    assert not partial.exists()
+
+
+def test_a_finished_file_is_kept_and_a_cut_one_completed(run: Callable[..., StandIn], tmp_path: Path) -> None:
+    out = tmp_path / "captions.jsonl"
+    run(out)
+    content = out.read_bytes()
+    assert run(out, StandIn(dies_at=0)).batches == []  # nothing is asked again
+    out.write_bytes(content[: len(content) // 2])
+    assert run(out).batches
+    assert out.read_bytes() == content
+
+
+def test_answers_of_another_checkpoint_or_other_settings_are_never_continued(
+    run: Callable[..., StandIn], tmp_path: Path
+) -> None:
+    out = tmp_path / "captions.jsonl"
+    with pytest.raises(KilledError):
+        run(out, StandIn(dies_at=1))
+    before = (tmp_path / "captions.jsonl.partial").read_bytes()
+    with pytest.raises(ValueError, match=r"captions\.jsonl\.partial: line 1 was made by another checkpoint"):
+        run(out, checkpoint="two")
+    for changes in ({"captions": {"prompt": "Else?"}}, {"captions": {"max_new_tokens": 3}}):
+        with pytest.raises(ValueError, match="line 1 was made by other settings or data"):
+            run(out, **changes)
+    with pytest.raises(ValueError, match="line 1 was made by other settings or data"):
+        run(out, task="captions_shuffled")
+    assert (tmp_path / "captions.jsonl.partial").read_bytes() == before
+    run(out, batch_size=2)  # decides nothing but speed
+    assert len(lines(out)) == len(IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("<html>", "line 1 is not a generated answer"),
+        ("[]", "line 1 is not"),
+        ('{"id": 99}', "line 1 was made by another"),
+    ],
+    ids=["no-json", "no-object", "other-tool"],
+)
+def test_a_file_that_is_none_is_refused(run: Callable[..., StandIn], tmp_path: Path, line: str, message: str) -> None:
+    out = tmp_path / "captions.jsonl"
+    out.write_text(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        run(out)
+    assert out.read_text() == line + "\n"
+
+
+def test_a_resize_other_than_the_checkpoints_is_refused(run: Callable[..., StandIn], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.image_resize: one was trained with 'square'"):
+        run(tmp_path / "captions.jsonl", StandIn(resize="square"))
+
+
+def test_mmmu_lines_score_as_they_are(run: Callable[..., StandIn], tmp_path: Path) -> None:
+    rows = [mmmu_row(f"validation_Shapes_{n}", f"What {n}?", ["of 4", "x"], images=1) for n in range(5)]
+    rows += [mmmu_row("validation_Shapes_9", "Count <image 1>", [], images=1, answer="4")]
+    answers = write_mmmu(tmp_path / "mmmu", {"Shapes": rows})
+    run(tmp_path / "mmmu.jsonl", task="mmmu")
+    mmmu.score(answers, tmp_path / "mmmu.jsonl", tmp_path / "score.json", fallback="wrong")
+    score = json.loads((tmp_path / "score.json").read_text())
+    # "a – <id> of 4" is five words, too short to look for an option's text, and ends in the number 4.
+    assert (score["num_fallback"], score["num_correct"], score["num_questions"]) == (5, 1, 6)

@@ -1,0 +1,173 @@
+"""The items of each evaluation task: what is asked about which pictures, and what a score needs to know of it."""
+
+from __future__ import annotations
+
+import ast
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from vlm import coco
+from vlm.config import Captions, Config, Mmmu
+from vlm.prompt import IMAGE_TAG
+
+MAX_IMAGES = 7
+MULTIPLE_CHOICE = "multiple-choice"
+MARKER = re.compile(r"<image (\d)>")
+"""Place of a picture in an MMMU question or option."""
+
+
+@dataclass(frozen=True)
+class Item:
+    id: int | str
+    prompt: str
+    """The user's turn, with one `<image>` per picture."""
+    image: str | list[str]
+    """Name of the picture, or of each."""
+    pictures: tuple[bytes | Path, ...]
+    record: dict[str, Any] = field(default_factory=dict)
+    """What else is written beside the response, so that the file can be scored."""
+
+
+@dataclass(frozen=True)
+class Task:
+    read: Callable[[Config, Path], list[Item]]
+    settings: Callable[[Config], Captions | Mmmu]
+
+
+def read_captions(config: Config, source: Path) -> list[Item]:
+    """One item per picture of the COCO captions file.
+
+    Args:
+        config: `evaluation.captions` names the files below `source`.
+
+    Raises:
+        ValueError: the file or a picture is missing.
+    """
+    pictures = _pictures(config, source)
+    return _captions(config, list(pictures), list(pictures.values()))
+
+
+def read_captions_shuffled(config: Config, source: Path) -> list[Item]:
+    """The same items, each shown another's picture: one cycle through all of them, drawn by seed (Sattolo's algorithm).
+
+    Raises:
+        ValueError: as `read_captions`, or fewer than two pictures.
+    """
+    pictures = _pictures(config, source)
+    if len(pictures) < 2:
+        raise ValueError(f"{source / config.evaluation.captions.annotations}: one picture cannot be shuffled")
+    shown = list(pictures.values())
+    rng = random.Random(config.seed)
+    for last in range(len(shown) - 1, 0, -1):
+        other = rng.randrange(last)  # never `last` itself, so that no picture stays
+        shown[last], shown[other] = shown[other], shown[last]
+    return _captions(config, list(pictures), shown)
+
+
+def _pictures(config: Config, source: Path) -> dict[coco.ImageId, Path]:
+    test = config.evaluation.captions
+    pictures = coco.read_pictures(source / test.annotations, source / test.images)
+    if lost := [path for path in pictures.values() if not path.is_file()]:
+        raise ValueError(
+            f"{source / test.images}: {len(lost)} of {len(pictures)} pictures are missing, first {lost[0]}"
+        )
+    return pictures
+
+
+def _captions(config: Config, images: Sequence[coco.ImageId], shown: Sequence[Path]) -> list[Item]:
+    prompt = f"{IMAGE_TAG}\n{config.evaluation.captions.prompt}"
+    return [
+        Item(image, prompt, path.name, (path,), {"image_id": image}) for image, path in zip(images, shown, strict=True)
+    ]
+
+
+def read_mmmu(config: Config, source: Path) -> list[Item]:
+    """Every question of the parquet files `<Subject>/<split>-*.parquet` below `source`.
+
+    Raises:
+        ValueError: no file, another schema, an id twice, or a question whose markers and pictures do not fit.
+    """
+    import pyarrow.parquet as parquet
+    from pyarrow.lib import ArrowInvalid
+
+    test = config.evaluation.mmmu
+    paths = sorted(source.glob(f"*/{test.split}-*.parquet"))
+    if not paths:
+        raise ValueError(f"{source}: holds no <Subject>/{test.split}-*.parquet (evaluation.mmmu.split)")
+    images = [f"image_{number}" for number in range(1, MAX_IMAGES + 1)]
+    items = []
+    for path in paths:
+        try:
+            table = parquet.read_table(path)
+        except (ArrowInvalid, OSError) as error:
+            raise ValueError(f"{path}: not a parquet file: {error}") from None
+        if missing := {"id", "question", "options", "question_type", "image_1"} - set(table.column_names):
+            raise ValueError(f"{path}: columns {', '.join(sorted(missing))} are missing, is it MMMU's?")
+        wanted = {"id", "question", "options", "question_type", "answer", *images}
+        rows = table.select([name for name in table.column_names if name in wanted]).to_pylist()
+        items += [_question(row, test, path) for row in rows]
+    if twice := [name for name, count in Counter(item.id for item in items).items() if count > 1]:
+        raise ValueError(f"{source}: {len(twice)} ids occur more than once, first {twice[0]}")
+    return items
+
+
+def _question(row: Mapping[str, Any], test: Mmmu, path: Path) -> Item:
+    """One row of MMMU as a prompt; a marker such as `<image 2>` gives its place to that picture.
+
+    A picture that no marker places comes first, as in training; one that is placed twice is shown twice.
+    """
+    where = f"{path}: {row['id']}"
+    options = _options(row["options"], where)
+    choice = row["question_type"] == MULTIPLE_CHOICE
+    if choice and not 2 <= len(options) <= len(ascii_uppercase):
+        raise ValueError(f"{where}: a multiple-choice question with {len(options)} options")
+    letters = list(ascii_uppercase[: len(options)]) if choice else []
+    listed = "\n".join(f"({letter}) {option}" for letter, option in zip(letters, options, strict=False))
+    key = "prompt_multiple_choice" if choice else "prompt_open"
+    text = _fill(getattr(test, key), f"evaluation.mmmu.{key}", question=row["question"].strip(), options=listed)
+    there = [n for n in range(1, MAX_IMAGES + 1) if (row.get(f"image_{n}") or {}).get("bytes")]
+    placed = [int(number) for number in MARKER.findall(text)]
+    if lost := sorted(set(placed) - set(there)):
+        raise ValueError(f"{where}: <image {lost[0]}> stands in the text, but image_{lost[0]} is empty")
+    unplaced = [number for number in there if number not in placed]
+    prompt = f"{IMAGE_TAG}\n" * len(unplaced) + MARKER.sub(IMAGE_TAG, text)
+    shown = [*unplaced, *placed]
+    record: dict[str, Any] = {"question_type": row["question_type"]}
+    if choice:
+        record |= {"all_choices": letters, "index2ans": dict(zip(letters, options, strict=True))}
+    if row.get("answer") is not None:
+        record["answer"] = row["answer"]
+    names = [row[f"image_{number}"].get("path") or f"image_{number}" for number in shown]
+    return Item(row["id"], prompt, names, tuple(row[f"image_{number}"]["bytes"] for number in shown), record)
+
+
+def _options(value: Any, where: str) -> list[str]:
+    """MMMU writes the list as its Python text, `"['one', 'two']"`; a real list is accepted as well."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"{where}: options are not a list: {value!r:.80}") from None
+    if not isinstance(value, list | tuple | None):
+        raise ValueError(f"{where}: options are not a list: {value!r:.80}")
+    return [str(option) for option in value or ()]
+
+
+def _fill(template: str, key: str, **texts: str) -> str:
+    try:
+        return template.format(**texts)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{key}: cannot be filled ({error}), allowed are {{question}} and {{options}}") from None
+
+
+TASKS = {
+    "captions": Task(read_captions, lambda config: config.evaluation.captions),
+    "captions_shuffled": Task(read_captions_shuffled, lambda config: config.evaluation.captions),
+    "mmmu": Task(read_mmmu, lambda config: config.evaluation.mmmu),
+}

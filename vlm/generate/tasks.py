@@ -1,0 +1,163 @@
+"""Every item of an evaluation task answered into JSON lines, going on where an interrupted run stopped.
+
+Answers are appended to `<out>.partial` batch by batch; the finished file gets its name, and the order of the task,
+at the end. Each line carries the hashes of the checkpoint and of the settings, so that answers are never mixed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from vlm import config as configuration
+from vlm import files
+from vlm.generate.items import TASKS, Item
+
+if TYPE_CHECKING:
+    from vlm.generate.decode import Prompt
+    from vlm.generate.speaker import Speaker
+
+Record = dict[str, Any]
+HASH_LENGTH = 16
+IDENTITY = {"checkpoint": "another checkpoint", "settings": "other settings or data"}
+"""Keys of a line that say what made it, and what it means when they differ."""
+
+
+def generate(config: Path, checkpoint: Path, task: str, source: Path, out: Path) -> None:
+    """Answer every item of a task.
+
+    Args:
+        config: resolved settings; `evaluation` has prompts, lengths and the batch size.
+        checkpoint: Megatron checkpoint, folder of a stage, or exported folder.
+        task: `captions`, `captions_shuffled` (the same prompts with the pictures shuffled) or `mmmu`.
+        source: folder of the evaluation data.
+        out: JSON lines `{"id", "image", "prompt", "response", ...}` in the order of the task, which
+            `vlm score captions` and `vlm score mmmu` read.
+
+    Raises:
+        ValueError: broken settings, data or checkpoint, or an unfinished `out` that another checkpoint or other
+            settings began.
+    """
+    if task not in TASKS:
+        raise ValueError(f"--task: {task!r} does not exist, allowed are {', '.join(TASKS)}")
+    settings = configuration.load(config)
+    items = TASKS[task].read(settings, source)
+    max_new_tokens = TASKS[task].settings(settings).max_new_tokens
+    from vlm.generate import speaker  # megatron-core, after what can be refused without it
+
+    made_by = {
+        "checkpoint": speaker.identity(checkpoint)[:HASH_LENGTH],
+        "settings": _hash(items, max_new_tokens, settings.data.image_resize, settings.dtype),
+    }
+    done = take_up(out, made_by, {item.id for item in items})
+    if len(done) < len(items):
+        model = speaker.load(checkpoint, backend=settings.kernels.backend, dtype=settings.dtype)
+        if model.resize != settings.data.image_resize:
+            raise ValueError(f"data.image_resize: {checkpoint} was trained with {model.resize!r}")
+        partial = partial_of(out)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "a", encoding="utf-8") as stream:
+            for record in _answer(model, items, done, settings.evaluation.batch_size, max_new_tokens, task):
+                done[record["id"]] = record | made_by
+                stream.write(json.dumps(done[record["id"]], ensure_ascii=False) + "\n")
+                stream.flush()
+    files.write_text(out, "".join(json.dumps(done[item.id], ensure_ascii=False) + "\n" for item in items))
+    partial_of(out).unlink(missing_ok=True)
+
+
+def partial_of(out: Path) -> Path:
+    """Where the answers are until all are there."""
+    return out.with_name(out.name + ".partial")
+
+
+def take_up(out: Path, made_by: Record, ids: set[int | str]) -> dict[int | str, Record]:
+    """Answers of an interrupted run by id; a line torn by the interruption is cut off its file.
+
+    Also a cut `out` is gone on with: it becomes the partial file.
+
+    Raises:
+        ValueError: a line that is broken elsewhere, or that another checkpoint, other settings or data made.
+    """
+    partial = partial_of(out)
+    path = partial if partial.exists() else out
+    if not path.exists():
+        return {}
+    whole, newline, torn = path.read_bytes().rpartition(b"\n")
+    done: dict[int | str, Record] = {}
+    for number, line in enumerate(whole.split(b"\n") if newline else [], start=1):
+        try:
+            record = json.loads(line)
+            name = record["id"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{path}: line {number} is not a generated answer; remove the file to start again"
+            ) from None
+        for key, meaning in IDENTITY.items():
+            if record.get(key) != made_by[key]:
+                raise ValueError(
+                    f"{path}: line {number} was made by {meaning} ({key} {record.get(key)}, now {made_by[key]}); "
+                    "remove the file to start again, or give another --out"
+                )
+        if name not in ids or name in done:
+            raise ValueError(
+                f"{path}: line {number} answers {name!r}, which is {'twice there' if name in done else 'no item'}"
+            )
+        done[name] = record
+    if torn:
+        with open(path, "r+b") as stream:
+            stream.truncate(len(whole) + len(newline))
+    if path == out and len(done) < len(ids):
+        out.rename(partial)
+    return done
+
+
+def _hash(items: Sequence[Item], *settings: Any) -> str:
+    """Hash of everything beside the checkpoint that decides the answers. The batch size does not."""
+    asked = [(item.id, item.prompt, item.image, item.record) for item in items]
+    return hashlib.sha256(json.dumps([asked, *settings]).encode()).hexdigest()[:HASH_LENGTH]
+
+
+def _answer(
+    model: Speaker,
+    items: Sequence[Item],
+    done: dict[int | str, Record],
+    batch_size: int,
+    max_new_tokens: int,
+    task: str,
+) -> Iterator[Record]:
+    """Records of the items that are not done, longest prompts first, so that batches pad little.
+
+    Batches are cut from all items alike, so that an interrupted run goes on with the batches of an undisturbed one.
+    """
+    lengths = [len(model.prompter.generation(item.prompt, len(item.pictures), key=str(item.id))) for item in items]
+    order = sorted(range(len(items)), key=lambda index: (-lengths[index], index))
+    batches = [
+        [items[index] for index in order[start : start + batch_size]] for start in range(0, len(order), batch_size)
+    ]
+    batches = [batch for batch in batches if any(item.id not in done for item in batch)]
+
+    def prepare(batch: list[Item]) -> list[Prompt]:
+        return [model.prompt(item.prompt, item.pictures, str(item.id)) for item in batch]
+
+    with ThreadPoolExecutor(1) as loader, tqdm(total=len(items), initial=len(done), desc=task, unit="item") as progress:
+        ahead = loader.submit(prepare, batches[0])
+        for number, batch in enumerate(batches):
+            prompts = ahead.result()
+            if number + 1 < len(batches):
+                ahead = loader.submit(prepare, batches[number + 1])  # decoded while the model answers this one
+            for item, response in zip(batch, model.answer(prompts, max_new_tokens), strict=True):
+                if item.id not in done:
+                    yield {
+                        "id": item.id,
+                        "image": item.image,
+                        "prompt": item.prompt,
+                        "response": response,
+                        **item.record,
+                    }
+                    progress.update()
