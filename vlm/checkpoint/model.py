@@ -18,7 +18,7 @@ from torch import distributed
 
 from vlm.checkpoint import places
 from vlm.checkpoint.manifest import Manifest
-from vlm.checkpoint.tensors import METADATA, Tensors
+from vlm.checkpoint.tensors import METADATA, Tensors, own_errors
 
 State = dict[str, Any]
 _FUSED = (
@@ -74,11 +74,12 @@ def _save_strategy() -> Any:
     class Direct(SaveShardedStrategy):
         def save(self, sharded_state_dict: State, checkpoint_dir: Path | str) -> None:
             state, _, _ = mcore._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-            dcp.save(
-                mcore.mcore_to_pyt_state_dict(state, is_loading=False),
-                storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
-                planner=mcore.MCoreSavePlanner(flatten_state_dict=False),
-            )
+            with own_errors():
+                dcp.save(
+                    mcore.mcore_to_pyt_state_dict(state, is_loading=False),
+                    storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
+                    planner=mcore.MCoreSavePlanner(flatten_state_dict=False),
+                )
 
         @property
         def can_handle_sharded_objects(self) -> bool:

@@ -144,10 +144,10 @@ def _generators() -> dict[str, Any]:
     """States of all random generators of this rank, as tensors and plain values."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    _, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)  # type: ignore[misc]
+    _, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": (torch.from_numpy(keys.astype(numpy.int64)), position, has_gauss, gauss),
+        "numpy": (torch.from_numpy(numpy.asarray(keys).astype(numpy.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "megatron": dict(get_cuda_rng_tracker().get_states()),

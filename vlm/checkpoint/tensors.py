@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -82,12 +84,21 @@ def write_tensors(folder: Path, specs: Mapping[str, Spec], make: Callable[[str],
     (folder / "metadata.json").write_text(json.dumps(_FORMAT))
 
 
-class _alone(warnings.catch_warnings):
+@contextmanager
+def _alone() -> Iterator[None]:
     """Silences the warning that no process group is there: that is meant."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
+    with warnings.catch_warnings(), own_errors():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Raises what went wrong, which `torch.distributed.checkpoint` wraps in an exception of its own."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 class _Reader(dcp.FileSystemReader):

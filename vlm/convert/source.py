@@ -29,7 +29,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: is not a folder")
     config = files.read_json(folder / "config.json")
     if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.json'}: expected a JSON object")  # noqa: TRY004
+        raise ValueError(f"{folder / 'config.json'}: expected a JSON object")
     return config
 
 

@@ -146,8 +146,9 @@ def _tokenizer_files(source: Path, folder: Path, image_token: str) -> int:
     # Batches of prompts are padded on the left: the answer goes on from the last token.
     config |= {"processor_class": "LlavaProcessor", "padding_side": "left"}
     files.write_json(folder / "tokenizer_config.json", config)
-    token: int = Tokenizer.from_file(str(source / "tokenizer.json")).token_to_id(image_token)
-    return token
+    token = Tokenizer.from_file(str(source / "tokenizer.json")).token_to_id(image_token)
+    assert token is not None, image_token  # combining refused a token that is not in the vocabulary
+    return int(token)
 
 
 def _generation_config(source: Path, folder: Path, language: dict[str, Any]) -> None:
