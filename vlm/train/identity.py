@@ -102,7 +102,7 @@ def read(checkpoints: Path) -> dict[str, Any] | None:
         return None
     identity = files.read_json(path)
     if not isinstance(identity, dict):
-        raise ValueError(f"{path}: holds no mapping; remove the folder {checkpoints} to train again")  # noqa: TRY004
+        raise ValueError(f"{path}: holds no mapping; remove the folder {checkpoints} to train again")
     return identity
 
 

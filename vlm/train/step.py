@@ -42,7 +42,9 @@ class _Feed:
 
     def __next__(self) -> PackedBatch:
         started = time.perf_counter()
-        batch = next(self._loader)
+        # Opening a torch DataLoader draws a seed; a resumed run opens one more often than one that was left alone.
+        with torch.random.fork_rng(devices=[]):
+            batch = next(self._loader)
         self.wait_seconds += time.perf_counter() - started
         self.keys.append(batch.sample_keys)
         self.tokens += batch.num_tokens

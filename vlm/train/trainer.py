@@ -163,7 +163,7 @@ class Trainer:
         )
 
     def _peak_memory(self) -> int:
-        """Largest memory of this rank over all its processes so far: of its GPU, or of the process where it has none."""
+        """Largest memory of this rank over all its processes so far: on its GPU, or in all where it has none."""
         if torch.cuda.is_available():
             now = torch.cuda.max_memory_allocated()
         else:

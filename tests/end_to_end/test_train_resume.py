@@ -1,0 +1,198 @@
+"""Whatever kills a run, it ends as if it had been left alone: weights, optimizer, generators, loader and losses."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train_process
+import train_workspace
+from torch.distributed import checkpoint as dcp
+from train_workspace import ITERATIONS, Workspace
+
+from vlm.train.metrics import TIMES, read_lines
+
+STAGES = ("pretrain", "sft")
+
+
+class Runs:
+    """Starts stages of a workspace; the undisturbed ones are trained once."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.folder = workspace.folder
+        self.config = workspace.config(self.folder / "config.yaml")
+
+    def undisturbed(self, stage: str) -> Path:
+        out = self.folder / "undisturbed" / stage
+        if not out.exists():
+            assert train_process.finish(self.start(stage, out)) == 0, log(out)
+        return out
+
+    def start(self, stage: str, out: Path, die: tuple[str, int] | None = None, **changes: Any) -> Any:
+        parent = self.workspace.combined if stage == "pretrain" else self.undisturbed("pretrain")
+        arguments = {"config": self.config, "start_from": parent, "data": self.workspace.data} | changes
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return train_process.start(out.with_suffix(".log"), die, stage=stage, out=out, **arguments)
+
+    def train(self, stage: str, out: Path, die: tuple[str, int] | None = None, **changes: Any) -> int:
+        return train_process.finish(self.start(stage, out, die, **changes))
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(train_workspace.make(tmp_path_factory.mktemp("train")))
+
+
+def log(out: Path) -> str:
+    return out.with_suffix(".log").read_text()
+
+
+def content(checkpoint: Path) -> dict[str, Any]:
+    """Every tensor and value of a checkpoint by name."""
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in metadata.items()}
+    dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    own = torch.load(checkpoint / "rank_00000.pt", weights_only=True)
+    for name in [key for key in own["extra"]["totals"] if key.endswith("seconds")]:
+        del own["extra"]["totals"][name]
+    del own["extra"]["peak_memory_bytes"]
+    own["loader"] = pickle.loads(own["loader"].numpy().tobytes())  # equal states may share objects differently
+    return {**tensors, "own": own, "common": torch.load(checkpoint / "common.pt", weights_only=False)}
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    if hasattr(a, "__dict__"):
+        return type(a) is type(b) and equal(vars(a), vars(b))
+    return bool(a == b)
+
+
+def assert_same(out: Path, reference: Path) -> None:
+    last = f"checkpoints/iteration_{ITERATIONS:07d}"
+    ours, theirs = content(out / last), content(reference / last)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not equal(ours[name], theirs[name])] == []
+    lines, expected = (
+        [
+            {name: value for name, value in line.items() if name not in TIMES}
+            for line in read_lines(path / "metrics.jsonl")
+        ]
+        for path in (out, reference)
+    )
+    assert lines == expected
+    reports = [json.loads((path / "finished.json").read_text()) for path in (out, reference)]
+    for report in reports:
+        del report["seconds"], report["peak_memory_bytes"]
+    assert reports[0] == reports[1]
+
+
+def test_training_moves_what_it_should_and_reports_it(runs):
+    out = runs.undisturbed("sft")
+    report = json.loads((out / "finished.json").read_text())
+    assert report["iterations"] == ITERATIONS and report["checkpoint"] == f"checkpoints/iteration_{ITERATIONS:07d}"
+    assert [line["iteration"] for line in read_lines(out / "metrics.jsonl")] == [2, 4, 6, 8, 10]
+    assert report["last_loss"] < report["first_loss"] - 0.5
+    names = content(out / report["checkpoint"]).keys()
+    assert any("language_model" in name for name in names) and not any("vision_model" in name for name in names)
+    pretrained = content(runs.undisturbed("pretrain") / report["checkpoint"]).keys()
+    assert not any("language_model" in name or "vision_model" in name for name in pretrained)
+    frozen = json.loads((runs.undisturbed("pretrain") / "finished.json").read_text())
+    assert frozen["frozen_parameters"] > frozen["trained_parameters"]
+    total = frozen["trained_parameters"] + frozen["frozen_parameters"]
+    assert report["trained_parameters"] + report["frozen_parameters"] == total
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_same_seed_same_run(runs, tmp_path, stage):
+    assert runs.train(stage, tmp_path / "again") == 0
+    assert_same(tmp_path / "again", runs.undisturbed(stage))
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        pytest.param("vlm.checkpoint:load_model", 1, id="before-anything"),
+        pytest.param("vlm.train.step:Step.__call__", 3, id="before-the-first-checkpoint"),
+        pytest.param("vlm.train.step:Step.__call__", 9, id="in-the-middle-of-a-log-interval"),
+        pytest.param("vlm.checkpoint.model:write_state", 2, id="in-a-save"),
+        pytest.param("vlm.checkpoint.places:put_in_place", 2, id="saved-but-not-named"),
+        pytest.param("vlm.checkpoint.places:point_to", 2, id="named-but-not-latest"),
+        pytest.param("vlm.checkpoint.places:point_to", 4, id="last-checkpoint-not-latest"),
+        pytest.param("vlm.files:write_json", 6, id="finished-but-not-said"),
+    ],
+)
+def test_killed_at(runs, tmp_path, function, call):
+    out = tmp_path / "killed"
+    assert runs.train("sft", out, (function, call)) == -9
+    assert not (out / "finished.json").exists()
+    assert runs.train("sft", out) == 0, log(out)
+    assert_same(out, runs.undisturbed("sft"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_random(runs, tmp_path, stage):
+    """Until five kills were survived; delays cover the start, the steps and the saves."""
+    out, draw, kills = tmp_path / "killed", random.Random(stage), 0
+    while not (out / "finished.json").exists():
+        process = runs.start(stage, out)
+        if kills < 5:
+            process.join(draw.uniform(0.3, 1.5))
+            process.kill()
+        code = train_process.finish(process)
+        kills += code == -9
+        assert code in (0, -9), log(out)
+    print(f"{stage}: {kills} kills")
+    assert_same(out, runs.undisturbed(stage))
+
+
+def test_torn_metrics_line_is_written_again(runs, tmp_path):
+    out = tmp_path / "torn"
+    assert runs.train("sft", out, ("vlm.train.step:Step.__call__", 6)) == -9
+    with open(out / "metrics.jsonl", "a") as stream:
+        stream.write('{"iteration": 6, "lo')
+    assert runs.train("sft", out) == 0
+    assert_same(out, runs.undisturbed("sft"))
+
+
+def test_finished_stage_does_nothing_and_says_so(runs):
+    out = runs.undisturbed("pretrain")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    started = time.perf_counter()
+    assert runs.train("pretrain", out) == 0
+    assert time.perf_counter() - started < 2
+    assert "already finished" in log(out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_lost_report_is_written_without_training(runs):
+    out = runs.folder / "copied" / "pretrain"  # as far from the parent checkpoint as the original
+    shutil.copytree(runs.undisturbed("pretrain"), out)
+    (out / "finished.json").unlink()
+    assert runs.train("pretrain", out, ("vlm.train.step:Step.__call__", 1)) == 0
+    assert_same(out, runs.undisturbed("pretrain"))
+
+
+def test_other_settings_move_the_old_run_aside(runs, tmp_path):
+    out = tmp_path / "run"
+    assert runs.train("pretrain", out, ("vlm.train.step:Step.__call__", 6)) == -9
+    kept = (out / "metrics.jsonl").read_text()
+    changed = train_workspace.changed(runs.config, tmp_path / "c.yaml", stages__pretrain__optimizer__lr=5.0e-3)
+    assert runs.train("pretrain", out, config=changed) == 0
+    (previous,) = out.glob("previous-*")
+    assert (previous / "metrics.jsonl").read_text() == kept
+    assert (previous / "checkpoints/iteration_0000003/manifest.json").exists()
+    assert "stages.pretrain.optimizer.lr: 0.01 -> 0.005" in log(out)
+    assert read_lines(out / "metrics.jsonl")[-1]["iteration"] == ITERATIONS
