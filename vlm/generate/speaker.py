@@ -109,13 +109,9 @@ def _load_exported(folder: Path, backend: Backend, dtype: Dtype | None) -> Speak
     settings = Settings(
         exported.models, Kernels(backend=backend), dtype or cast(Dtype, exported.dtype), parallel.single()
     )
-    model = build(
-        exported.language_config,
-        exported.vision_config,
-        settings,
-        initialise=False,
-        **read_pixel_statistics(folder),  # type: ignore[arg-type]
-    )
+    mean, std = read_pixel_statistics(folder)
+    configs = exported.language_config, exported.vision_config
+    model = build(*configs, settings, image_mean=mean, image_std=std, initialise=False)
     weights.load_exported(model, folder)
     prompter = Prompter(folder, exported.models.language.image_token, model.num_image_tokens)
     return Speaker(model.eval(), prompter, cast(images.Resize, exported.image_resize))
