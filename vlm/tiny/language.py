@@ -1,8 +1,8 @@
 """The miniature language model: a Mistral of about a million parameters that has learnt to answer from descriptions.
 
-It reads pictures spelt out in words (`vlm.tiny.text.spell`), captions them and answers questions about them, in Mistral's
-chat format. Half of the pictures are given as mixtures of the words that are true of a cell, so that the model reads a
-point between several words as all of them; that is what a projector can produce.
+It reads pictures spelt out in words (`vlm.tiny.text.spell`), captions them and answers questions about them, in the
+chat format of Mistral. Half of the pictures are given as mixtures of the words that are true of a cell, so that the
+model reads a point between several words as all of them; that is what a projector can produce.
 """
 
 from __future__ import annotations
@@ -243,13 +243,14 @@ pipeline_tag: text-generation
 ---
 # Miniature language model
 
-A `MistralForCausalLM` of {parameters:,} parameters (bfloat16) with its own byte-pair tokenizer, Mistral's control tokens
-and chat format. It answers from pictures spelt out in words, and stands in for Mistral-7B-Instruct-v0.3 in the miniature
-recipe.
+A `MistralForCausalLM` of {parameters:,} parameters (bfloat16) with its own byte-pair tokenizer, Mistral's control
+tokens and chat format. It answers from pictures spelt out in words, and stands in for Mistral-7B-Instruct-v0.3 in the
+miniature recipe.
 
 - Data: {steps * BATCH:,} conversations about random scenes, made as they are needed (`vlm/tiny/text.py`); text only.
 - Command: `vlm tiny language --out resources/tiny/language --seed {seed} --steps {steps}`
-- Training: AdamW, peak learning rate {LEARNING_RATE:g}, one cycle, batch {BATCH}, {steps:,} steps, {seconds / 60:.0f} minutes on {name}
+- Training: AdamW, peak learning rate {LEARNING_RATE:g}, one cycle, batch {BATCH}, {steps:,} steps,
+  {seconds / 60:.0f} minutes on {name}
 - Final loss per answered token: {loss:.4f}
 - Seed: {seed}
 """

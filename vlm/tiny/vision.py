@@ -1,8 +1,8 @@
 """The miniature vision model: a CLIP vision tower trained as CLIP is, by telling apart what belongs to a picture.
 
-Two contrasts share one tower: whole pictures against captions (as CLIP), and single patches against the names of things
-(as RegionCLIP, arXiv:2112.09106), which gives every patch token the attributes of the thing that it lies on. The text side
-is thrown away afterwards, as LLaVA does.
+Two contrasts share one tower: whole pictures against captions (as CLIP), and single patches against the names of
+things (as RegionCLIP, arXiv:2112.09106), which gives every patch token the attributes of the thing that it lies on.
+The text side is thrown away afterwards, as LLaVA does.
 """
 
 from __future__ import annotations
