@@ -28,7 +28,8 @@ def fetch(source: str, out: Path, revision: str = "main", kind: Literal["model",
         kind: of a model only the files in MODEL_FILES are taken, and it must have `config.json` and safetensors.
 
     Raises:
-        ValueError: no such repository or revision, no access to it, or a model that cannot be read safely.
+        ValueError: no such repository or revision, no access to it, a model that cannot be read safely, or a broken
+            archive.
         FileNotFoundError: the Hub cannot be reached and its cache does not hold the repository.
     """
     local = Path(source).expanduser()
@@ -101,8 +102,11 @@ def _unpack(archive: Path, folder: Path) -> None:
     place = folder / archive.stem
     if place.exists():
         return
-    with zipfile.ZipFile(archive) as content:
-        members = content.namelist()
-        inside = all(member.split("/")[0] == archive.stem for member in members)
-        for member in tqdm(members, desc=f"unpacking {archive.name}", unit="file", mininterval=1):
-            content.extract(member, folder if inside else place)
+    try:
+        with zipfile.ZipFile(archive) as content:
+            members = content.namelist()
+            inside = all(member.split("/")[0] == archive.stem for member in members)
+            for member in tqdm(members, desc=f"unpacking {archive.name}", unit="file", mininterval=1):
+                content.extract(member, folder if inside else place)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{archive.resolve()}: is broken, fetch it again ({error})") from None
