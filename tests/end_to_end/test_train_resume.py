@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import re
 import shutil
 import time
 from pathlib import Path
@@ -144,18 +145,25 @@ def test_killed_at(runs, tmp_path, function, call):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_random(runs, tmp_path, stage):
-    """Until five kills were survived; delays cover the start, the steps and the saves."""
-    out, draw, kills = tmp_path / "killed", random.Random(stage), 0
-    while not (out / "finished.json").exists():
-        process = runs.start(stage, out)
-        if kills < 5:
-            process.join(draw.uniform(0.3, 1.5))
-            process.kill()
-        code = train_process.finish(process)
-        kills += code == -9
-        assert code in (0, -9), log(out)
-    print(f"{stage}: {kills} kills")
-    assert_same(out, runs.undisturbed(stage))
+    """Six kills over as many runs as they take, anywhere between a process's first and last moment."""
+    reference = runs.undisturbed(stage)
+    started = time.perf_counter()
+    assert runs.train(stage, tmp_path / "timed") == 0
+    seconds = time.perf_counter() - started
+    draw, kills, rounds = random.Random(stage), 0, 0
+    while kills < 6 and rounds < 20:
+        out, rounds = tmp_path / f"killed-{rounds}", rounds + 1
+        while not (out / "finished.json").exists():
+            process = runs.start(stage, out)
+            if kills < 6:
+                process.join(draw.uniform(0.2 * seconds, seconds))
+                process.kill()
+            code = train_process.finish(process)
+            kills += code == -9
+            assert code in (0, -9), log(out)
+        assert_same(out, reference)
+    print(f"{stage}: {kills} kills in {rounds} runs")
+    assert kills == 6
 
 
 def test_torn_metrics_line_is_written_again(runs, tmp_path):
@@ -196,3 +204,33 @@ def test_other_settings_move_the_old_run_aside(runs, tmp_path):
     assert (previous / "checkpoints/iteration_0000003/manifest.json").exists()
     assert "stages.pretrain.optimizer.lr: 0.01 -> 0.005" in log(out)
     assert read_lines(out / "metrics.jsonl")[-1]["iteration"] == ITERATIONS
+
+
+def test_not_a_number_stops_the_run_and_touches_nothing(runs, tmp_path):
+    """A learning rate that overflows: the first step leaves huge finite weights, the second has no loss."""
+    out = tmp_path / "broken"
+    settings = {"lr": 1e36, "min_lr": 0.0, "warmup_share": 0.0}
+    optimizer = train_workspace.OPTIMIZER | settings
+    config = train_workspace.changed(
+        runs.config, tmp_path / "c.yaml", stages__pretrain__optimizer=optimizer, stages__pretrain__save_interval=1
+    )
+    assert runs.train("pretrain", out, config=config) == 1
+    message = log(out)
+    assert (
+        "pretrain: iteration 2 is not finite: loss nan" in message or "iteration 2 is not finite: loss inf" in message
+    )
+    assert re.search(r"samples: (captions|dialogues)/\S+", message)
+    assert f"The last good checkpoint is {out}/checkpoints/iteration_0000001; nothing was written over it" in message
+    assert (out / "checkpoints/latest").read_text().strip() == "iteration_0000001"
+    assert [path.name for path in (out / "checkpoints").glob("*iteration*")] == ["iteration_0000001"]
+    assert not (out / "finished.json").exists() and "Traceback" not in message
+
+
+def test_changed_loader_processes_are_refused_on_resume(runs, tmp_path):
+    out = tmp_path / "run"
+    assert runs.train("pretrain", out, ("vlm.train.step:Step.__call__", 6)) == -9
+    changed = train_workspace.changed(runs.config, tmp_path / "c.yaml", data__workers=1)
+    assert runs.train("pretrain", out, config=changed) == 2
+    assert re.search(r"data\.workers: is 1, but .*iteration_0000003 was written with 0", log(out))
+    assert runs.train("pretrain", out) == 0
+    assert_same(out, runs.undisturbed("pretrain"))
