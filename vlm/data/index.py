@@ -58,20 +58,18 @@ def _prepare(directory: Path, shards: list[str]) -> None:
     def progress(items: Iterator[Any], total: int) -> Iterator[Any]:
         return iter(tqdm(items, total=total, desc=f"index {directory.name}", unit="shard"))
 
-    # Energon reports on stdout and logs a broken shard as "skipped"; what it found is checked below instead.
+    # Energon reports on stdout, and logs the traceback of a shard that it cannot read before it asserts.
     logging.getLogger("megatron.energon").setLevel(logging.CRITICAL)
-    with contextlib.redirect_stdout(io.StringIO()):
-        BaseWebdatasetFactory.prepare_dataset(
-            directory.absolute(),
-            shards,
-            split_parts_patterns=list(SPLITS.items()),
-            progress_fn=progress,
-            workers=min(len(shards), os.cpu_count() or 1, 16),
-        )
-    with open(directory / METADATA / ".info.json") as stream:
-        counts = yaml.safe_load(stream)["shard_counts"]
-    for name in shards:
-        if not counts.get(name):
-            raise ValueError(f"{directory / name}: no sample in it; run `vlm data shard` again")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            BaseWebdatasetFactory.prepare_dataset(
+                directory.absolute(),
+                shards,
+                split_parts_patterns=list(SPLITS.items()),
+                progress_fn=progress,
+                workers=min(len(shards), os.cpu_count() or 1, 16),
+            )
+    except AssertionError as error:
+        raise ValueError(f"{directory}: {error} It is empty or damaged; run `vlm data shard` again") from None
     dataset = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
     (directory / METADATA / "dataset.yaml").write_text(yaml.safe_dump(dataset, sort_keys=False))

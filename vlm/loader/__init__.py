@@ -199,6 +199,15 @@ class Loader(Iterator[PackedBatch]):
         for name, value in saved["counts"].items():
             setattr(self, name, value)
 
+    def close(self) -> None:
+        """End the loader's processes. When the garbage collector does it, torch waits five seconds for each of them."""
+        processes = getattr(self._stream, "_iterator", None)
+        if processes is not None:
+            processes._shutdown_workers()
+
+    def __del__(self) -> None:
+        self.close()
+
 
 def _last_line(error: Exception) -> str:
     """The message alone: from a loader process it comes with a traceback before it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import yaml
@@ -44,10 +45,9 @@ def count(directory: Path) -> int:
         what = "is not indexed" if directory.is_dir() else "does not exist"
         raise ValueError(f"{directory} {what}: run `vlm data shard` and `vlm data index {directory}` first")
     counts: dict[str, int] = json.loads((metadata / ".info.json").read_text())["shard_counts"]
-    with sqlite3.connect(f"file:{metadata / 'index.sqlite'}?mode=ro&immutable=1", uri=True) as database:
+    with closing(sqlite3.connect(f"file:{metadata / 'index.sqlite'}?mode=ro&immutable=1", uri=True)) as database:
         query = "SELECT tar_file_id, MAX(byte_offset + byte_size) FROM samples GROUP BY tar_file_id"
         ends = dict(database.execute(query).fetchall())
-    database.close()
     for number, name in enumerate(counts):  # tar_file_id counts the shards in this order
         shard = directory / name
         if not shard.is_file():

@@ -51,11 +51,11 @@ class Packed:
 @stateless
 def cook(crude: dict[str, Any]) -> Crude:
     image = next((crude[name] for name in crude if not name.startswith("__") and name != "json"), None)
-    return Crude(**basic_sample_keys(crude), text=crude["json"], image=image)
+    return Crude(**basic_sample_keys(crude), text=crude.get("json", b""), image=image)
 
 
 @dataclass(eq=False)
-class Encoder(TaskEncoder):  # type: ignore[type-arg]
+class Encoder(TaskEncoder):
     """Energon's task encoder for one stage."""
 
     prompter: Prompter
@@ -102,7 +102,6 @@ class Encoder(TaskEncoder):  # type: ignore[type-arg]
         self._rejected[key] = reason
         self._rejected_in_a_row += 1
         if self._rejected_in_a_row > self.max_rejected:
-            # RuntimeError, which nothing here takes for a broken sample; `Loader` turns it into a ValueError.
             raise TooManyRejected(f"{self._rejected_in_a_row} samples in a row cannot be used. The last: {reason}")
 
     def build_batch(self, dataset: Any, **options: Any) -> Any:
@@ -130,7 +129,7 @@ class Encoder(TaskEncoder):  # type: ignore[type-arg]
 
 
 class TooManyRejected(RuntimeError):
-    pass
+    """Not a ValueError, which stands for one broken sample here; `Loader` turns it into one."""
 
 
 def stop(error: Exception, sample: Any, sources: Any = None) -> None:
