@@ -173,6 +173,8 @@ def load_model(model: Any, path: Path) -> Manifest:
         loaded.update({key: found[key] for key in wanted})
     with torch.no_grad():
         own = unwrap(model).state_dict(keep_vars=True)
+        forgotten = [key for key in own if key not in loaded and "_extra_state" not in key and alone is None]
+        assert not forgotten, f"{forgotten[0]}: its module's sharded_state_dict leaves it out"
         for key, value in loaded.items():
             if own[key].data_ptr() != value.data_ptr():  # tensors that were joined from pieces; the rest is in place
                 own[key].copy_(value)

@@ -57,7 +57,9 @@ def read_exported(folder: Path) -> Exported:
             raise ValueError(f"{folder / 'config.json'}: {key} {config[key]!r} is not supported, expected {value!r}")
     language, vision = config["text_config"], config["vision_config"]
     processor = read_json(folder / "processor_config.json")
-    pixels = read_json(folder / "preprocessor_config.json")
+    # transformers 5 keeps the image processor inside the processor's file.
+    alone = folder / "preprocessor_config.json"
+    pixels = read_json(alone) if alone.is_file() else processor.get("image_processor", {})
     models = settings.Models(
         language=settings.LanguageModel(source=str(folder), image_token=processor["image_token"]),
         vision=settings.VisionModel(source=str(folder), feature_layer=config.get("vision_feature_layer", -2)),
