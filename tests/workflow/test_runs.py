@@ -45,6 +45,13 @@ def test_everything_is_made_once_and_a_change_remakes_only_what_follows(workspac
         "the report needs the internet"
     )
 
+    calls = (workspace / "calls.txt").read_text()
+    for part in ("language", "vision"):
+        assert f"convert {part} results/tiny/sources/{part} results/tiny/convert/{part}\n" in calls
+    for name, source in {"pretrain": "LLaVA-Pretrain", "sft": "LLaVA-Instruct-150K"}.items():
+        folders = f"--source results/tiny/sources/{source} --out results/tiny/data/{name}\n"
+        assert f"data shard --config results/tiny/config.yaml --set {name} {folders}" in calls
+
     assert "Nothing to be done" in snakemake("all", "-n").stdout
 
     other_rate = snakemake("all", "-n", "--config", "stages={sft: {optimizer: {lr: 3e-4}}}")

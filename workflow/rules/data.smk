@@ -53,12 +53,13 @@ for name in CONFIG.data.sets:
             f"<benchmarks>/data/shard_{name}.tsv"
         params:
             config=RESOLVED_CONFIG,
+            name=name,
             out=subpath(output[0], parent=True),
             settings=settings(f"data/sets/{name}", "data/max_rejected_share", "seed"),
         message:
             f"Writing the shards of {name}"
         shell:
-            f"vlm data shard --config {{params.config}} --set {name} --source {{input}} --out {{params.out}} "
+            "vlm data shard --config {params.config} --set {params.name} --source {input} --out {params.out} "
             "> {log} 2>&1"
 
     # The index lies inside the folder of the shards, where Energon wants it, so the folder is not itself an output.

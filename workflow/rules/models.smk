@@ -1,4 +1,5 @@
 # Steps 2-4: the base models, as Megatron checkpoints, joined and compared with `transformers`.
+# A shell command is formatted when its job runs, so the variable of a loop reaches it through `params` alone.
 for part in PARTS:
 
     rule:
@@ -31,10 +32,12 @@ for part in PARTS:
             f"<logs>/convert/{part}.log",
         benchmark:
             f"<benchmarks>/convert/{part}.tsv"
+        params:
+            part=part,
         message:
             f"Converting the {part} model to a Megatron checkpoint"
         shell:
-            f"vlm convert {part} {{input}} {{output}} > {{log}} 2>&1"
+            "vlm convert {params.part} {input} {output} > {log} 2>&1"
 
 
 rule combine:
