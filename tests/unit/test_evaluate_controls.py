@@ -18,9 +18,10 @@ REFERENCES = {5: ["five a", "five b", "five c"], 2: ["two a", "two b"], 8: ["eig
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Any]:
-    """Three test pictures, each a noisy copy of one of forty training pictures of other sizes."""
+    """Three test pictures, each a noisy copy of one of eighty training pictures of other sizes."""
     rng = np.random.default_rng(0)
     train = [np.kron(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8)) for _ in range(40)]
+    train += [pixels // 2 for pixels in train]  # darker copies correlate as well, and are shorter vectors
     folder = tmp_path / "LLaVA-Pretrain"
     (folder / "images/00000").mkdir(parents=True)
     entries = []
