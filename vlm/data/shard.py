@@ -1,7 +1,8 @@
 """Write a LLaVA data set as WebDataset shards, looking at every sample once so that training meets no surprise.
 
 A sample is `<key>.json` with `id`, `image` and `conversations`, and, if it has a picture, `<key>.jpg` (or `.png`, ...)
-with the file's own bytes. The key is the sample's position in the annotations. Same input, same bytes.
+with the file's own bytes; where `image` is a list, `<key>.00.jpg`, `<key>.01.jpg` and so on. The key is the sample's
+position in the annotations. Same input, same bytes.
 """
 
 from __future__ import annotations
@@ -176,20 +177,27 @@ def _unusable(data: _Source, index: int) -> str | None:
     record, label = data.records[index], data.label(index)
     if not isinstance(record, dict):
         return f"{label}: expected an object with id, image and conversations, found {record!r:.80}"
-    image = record.get("image")
+    pictures = _pictures(record)
     try:
-        prompt.check(record.get("conversations"), int(image is not None), label)
+        prompt.check(record.get("conversations"), len(pictures), label)
     except ValueError as error:
         return str(error)
-    if image is None:
-        return None
-    if not isinstance(image, str) or PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts:
-        return f"{label}.image: expected a path below {data.images}, found {image!r:.80}"
-    if PurePosixPath(image).suffix.lower() not in EXTENSIONS:
-        return f"{label}.image: {image} is no {', '.join(EXTENSIONS)}"
-    if not (data.images / image).is_file():
-        return f"{label}.image: {data.images / image} does not exist"
+    for image in pictures:
+        if not isinstance(image, str) or PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts:
+            return f"{label}.image: expected a path below {data.images}, found {image!r:.80}"
+        if PurePosixPath(image).suffix.lower() not in EXTENSIONS:
+            return f"{label}.image: {image} is no {', '.join(EXTENSIONS)}"
+        if not (data.images / image).is_file():
+            return f"{label}.image: {data.images / image} does not exist"
     return None
+
+
+def _pictures(record: dict[str, Any]) -> list[Any]:
+    """What stands under `image`: one path in LLaVA's own data, a list where a conversation has several pictures."""
+    image = record.get("image")
+    if image is None:
+        return []
+    return image if isinstance(image, list) else [image]
 
 
 def _members(data: _Source, order: Sequence[int]) -> Iterator[tuple[int, dict[str, bytes] | None]]:
@@ -199,14 +207,16 @@ def _members(data: _Source, order: Sequence[int]) -> Iterator[tuple[int, dict[st
         record = data.records[index]
         text = {name: record[name] for name in ("id", "image", "conversations") if record.get(name) is not None}
         parts = {}
-        if "image" in text:
-            path = data.images / text["image"]
+        pictures = _pictures(record)
+        for place, image in enumerate(pictures):
+            path = data.images / image
             picture = path.read_bytes()
             try:
                 images.verify(picture, name=f"{data.label(index)}.image: {path}")
             except ValueError as error:
                 return str(error)
-            parts[EXTENSIONS[path.suffix.lower()]] = picture
+            extension = EXTENSIONS[path.suffix.lower()]
+            parts[extension if len(pictures) == 1 else f"{place:02d}.{extension}"] = picture
         return parts | {"json": json.dumps(text, ensure_ascii=False, separators=(",", ":")).encode()}
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # Pillow decodes without the interpreter's lock

@@ -25,7 +25,7 @@ class Crude(EnergonSample):
     """A sample as it lies in the shard: the shuffle buffer holds compressed pictures."""
 
     text: bytes
-    image: bytes | None
+    images: tuple[bytes, ...]
 
 
 @edataclass
@@ -33,7 +33,7 @@ class Encoded(EnergonSample):
     """A tokenised sample with its pixels: the packing buffer holds these."""
 
     sample: Sample
-    image: np.ndarray | None
+    images: tuple[np.ndarray, ...]
 
 
 @dataclass
@@ -50,8 +50,9 @@ class Packed:
 
 @stateless
 def cook(crude: dict[str, Any]) -> Crude:
-    image = next((crude[name] for name in crude if not name.startswith("__") and name != "json"), None)
-    return Crude(**basic_sample_keys(crude), text=crude.get("json", b""), image=image)
+    pictures = sorted(name for name in crude if not name.startswith("__") and name != "json")
+    images = tuple(crude[name] for name in pictures)
+    return Crude(**basic_sample_keys(crude), text=crude.get("json", b""), images=images)
 
 
 @dataclass(eq=False)
@@ -90,13 +91,13 @@ class Encoder(TaskEncoder):
             conversations = json.loads(crude.text)["conversations"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{key}: its json holds no conversations ({error})") from None
-        sample = self.prompter.training(conversations, int(crude.image is not None), self.plain, key=key)
+        sample = self.prompter.training(conversations, len(crude.images), self.plain, key=key)
         if len(sample) > self.sequence_length:
             raise ValueError(f"{key}: {len(sample)} tokens do not fit into sequence_length = {self.sequence_length}")
-        pixels = None
-        if crude.image is not None:
-            pixels = images.resize(images.load(crude.image, name=key), self.image_size, self.image_resize)
-        return Encoded.derive_from(crude, __key__=key, sample=sample, image=pixels)
+        pixels = tuple(
+            images.resize(images.load(image, name=key), self.image_size, self.image_resize) for image in crude.images
+        )
+        return Encoded.derive_from(crude, __key__=key, sample=sample, images=pixels)
 
     def _reject(self, key: str, reason: str) -> None:
         self._rejected[key] = reason
@@ -119,7 +120,7 @@ class Encoder(TaskEncoder):
     def pack_selected_samples(self, samples: list[Encoded]) -> Packed:
         batch = pack(
             [sample.sample for sample in samples],
-            [sample.image for sample in samples if sample.image is not None],
+            [image for sample in samples for image in sample.images],
             [sample.__key__ for sample in samples],
             self.sequence_length,
             self.image_size,
