@@ -33,7 +33,7 @@ IMAGE_LAST_SHARE = 0.1
 TEXT_ONLY_SHARE = 0.05
 COMPARISON_SHARE = 0.15
 """Shares of the instruction conversations without a picture, and with two."""
-MAX_TURNS = 4
+MAX_TURNS = 5
 MMMU_IMAGES = 7
 """Picture columns of MMMU's tables."""
 ANSWERS = {
@@ -132,10 +132,10 @@ def _draw_conversation(rng: random.Random, settings: Config) -> tuple[list[Scene
     scene = scenes.sample(rng)
     if kind < TEXT_ONLY_SHARE + COMPARISON_SHARE:
         other = scenes.sample(rng)
-        asked = [text.question(rng, "Comparison", scene, other) for _ in range(rng.randint(1, 2))]
+        asked = [text.question(rng, "Comparison", scene, other) for _ in range(rng.randint(1, 3))]
         return [scene, other], [_turn(one, settings) for one in asked if one]
     turns = []
-    if rng.random() < 0.5:
+    if rng.random() < 0.7:
         turns.append((settings.evaluation.captions.prompt, text.captions(scene)[0]))
     if rng.random() < 0.3:
         turns.append(text.chat(rng, scene))
@@ -143,7 +143,7 @@ def _draw_conversation(rng: random.Random, settings: Config) -> tuple[list[Scene
         if len(turns) < MAX_TURNS and (one := text.question(rng, subject, scene)):
             turns.append(_turn(one, settings))
     rng.shuffle(turns)  # else every answer could be copied from the caption
-    return [scene], turns[: rng.randint(1, MAX_TURNS)]
+    return [scene], turns[: rng.randint(2, MAX_TURNS)]
 
 
 def _turn(asked: text.Question, settings: Config) -> tuple[str, str]:
