@@ -103,6 +103,14 @@ def stage_settings(wildcards):
     return settings(*own, "seed", "dtype", *(f"data/{name}" for name in SAMPLING))
 
 
+def rendering_settings():
+    """What the miniature's pictures and texts are made from: the questions are asked as the evaluation will ask them."""
+    files = [f"data/sets/{name}/{key}" for name in CONFIG.data.sets for key in ("source", "annotations", "images")]
+    captions = [f"evaluation/captions/{key}" for key in ("source", "annotations", "images", "prompt")]
+    mmmu = [f"evaluation/mmmu/{key}" for key in ("source", "split", "prompt_multiple_choice", "prompt_open")]
+    return settings("miniature", "seed", *files, *captions, *mmmu)
+
+
 def evaluation_of(wildcards):
     """The section of `evaluation` that a task reads."""
     return "mmmu" if wildcards.task == "mmmu" else "captions"

@@ -11,7 +11,7 @@ if CONFIG.miniature:
         params:
             config=RESOLVED_CONFIG,
             out=subpath(source_folder(CAPTION_SET), parent=True),
-            settings=settings("miniature", "seed"),
+            settings=rendering_settings(),
         message:
             "Rendering the miniature data sets"
         shell:

@@ -23,7 +23,9 @@ rule generate:
     params:
         config=RESOLVED_CONFIG,
         checkpoint=lambda wildcards: model_folder(wildcards.model),
-        settings=lambda wildcards: settings(f"evaluation/{evaluation_of(wildcards)}", "seed", "dtype"),
+        settings=lambda wildcards: settings(
+            f"evaluation/{evaluation_of(wildcards)}", "data/image_resize", "seed", "dtype"
+        ),
     message:
         "Generating {wildcards.task} with the model {wildcards.model}"
     shell:
