@@ -53,8 +53,8 @@ def write_resolved_config():
         beside.replace(path)
 
 
-def settings(*keys):
-    """The settings at `keys` (`a/b/c`) as text for `params`: the step runs again when one of them changes."""
+def settings_text(*keys):
+    """The settings at `keys` (`a/b/c`) as text."""
     chosen = {}
     for key in keys:
         value = CONFIG.model_dump(mode="json")
@@ -62,6 +62,11 @@ def settings(*keys):
             value = value[step]
         chosen[key] = value
     return json.dumps(chosen)
+
+
+def settings(*keys):
+    """For `params`: the step runs again when a setting at `keys` changes. A function, since prompts hold braces."""
+    return lambda wildcards: settings_text(*keys)
 
 
 def source_folder(name):
@@ -100,7 +105,7 @@ def stage_settings(wildcards):
     """What decides a stage's weights, as the trainer sees it too when it resumes. How many processes work on it, with
     which kernels, and how often it saves and logs does not."""
     own = [f"stages/{wildcards.stage}/{name}" for name in Stage.model_fields if name not in INTERVALS]
-    return settings(*own, "seed", "dtype", *(f"data/{name}" for name in SAMPLING))
+    return settings_text(*own, "seed", "dtype", *(f"data/{name}" for name in SAMPLING))
 
 
 def rendering_settings():

@@ -23,7 +23,7 @@ rule generate:
     params:
         config=RESOLVED_CONFIG,
         checkpoint=lambda wildcards: model_folder(wildcards.model),
-        settings=lambda wildcards: settings(
+        settings=lambda wildcards: settings_text(
             f"evaluation/{evaluation_of(wildcards)}", "data/image_resize", "seed", "dtype"
         ),
     message:
