@@ -21,8 +21,8 @@ def test_every_sample_is_packed_once_and_fits(capacity: int) -> None:
 
 
 def test_a_sample_goes_where_it_leaves_the_least_room() -> None:
-    # 7 and 6 open two sequences; 3 fits both and belongs beside 7, 4 then fills the other.
-    assert best_fit([6, 3, 7, 4], 10) == [[0, 3], [1, 2]]
+    # 7 and 5 open two sequences; 3 would fit beside either.
+    assert best_fit([5, 7, 3], 10) == [[0], [1, 2]]
 
 
 def test_sequences_come_in_order_of_arrival_not_of_length() -> None:

@@ -34,9 +34,12 @@ CASES = {
 BLANK_TEMPLATE = fixtures.CHAT_TEMPLATE + "{% if add_generation_prompt %}{{ ' ' }}{% endif %}"
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["metaspace", "prepended-blank"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fixtures.write_tokenizer(tmp_path_factory.mktemp("tokenizer"), prepend=request.param)
+@pytest.fixture(scope="module", params=["metaspace", "prepended-blank", "miniature"])
+def folder(request: pytest.FixtureRequest, tiny_language_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "miniature":
+        return tiny_language_dir
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return fixtures.write_tokenizer(folder, prepend=request.param == "prepended-blank")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def processor(folder: Path) -> Any:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         image_token=fixtures.IMAGE_TOKEN,
-        chat_template=fixtures.CHAT_TEMPLATE,
+        chat_template=AutoTokenizer.from_pretrained(folder).chat_template,
     )
 
 
