@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm import files
-from vlm.evaluate import mmmu_parsing
+from vlm import files, mmmu_parsing
 
 Fallback = Literal["first", "random", "wrong"]
 MULTIPLE_CHOICE = "multiple-choice"
