@@ -6,6 +6,7 @@ megatron-core is imported inside the functions: it takes seconds, and reading te
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch import distributed
 
 from vlm.checkpoint import places
 from vlm.checkpoint.manifest import Manifest
-from vlm.checkpoint.tensors import METADATA, Tensors, own_errors
+from vlm.checkpoint.tensors import METADATA, Tensors, Writer, own_errors
 
 State = dict[str, Any]
 _FUSED = (
@@ -77,7 +78,7 @@ def _save_strategy() -> Any:
             with own_errors():
                 dcp.save(
                     mcore.mcore_to_pyt_state_dict(state, is_loading=False),
-                    storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
+                    storage_writer=Writer(checkpoint_dir),
                     planner=mcore.MCoreSavePlanner(flatten_state_dict=False),
                 )
 
@@ -93,6 +94,17 @@ def write_state(folder: Path, state: State) -> None:
     from megatron.core import dist_checkpointing
 
     dist_checkpointing.save(state, str(folder), sharded_strategy=_save_strategy(), content_metadata=dict(METADATA))
+
+
+def read_state(folder: Path, state: State) -> State:
+    """Fill sharded tensors in place from one folder; returns the state with pieces joined. Called by all ranks."""
+    from megatron.core import dist_checkpointing
+
+    with warnings.catch_warnings():
+        # dist_checkpointing/strategies/torch.py:799 calls a function that torch has renamed
+        warnings.filterwarnings("ignore", message="`load_state_dict` is deprecated")
+        found: State = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
+    return found
 
 
 def save(out: Path, sharded_state: State, manifest: Manifest, side_files: Path | None = None) -> Path:
@@ -153,8 +165,6 @@ def load_model(model: Any, path: Path) -> Manifest:
     Raises:
         ValueError: a weight is in no checkpoint of the chain, or has another shape there.
     """
-    from megatron.core import dist_checkpointing
-
     tensors = Tensors(path)
     manifest = tensors.links[0][1]
     alone = manifest.parts if manifest.kind in ("language", "vision") else None
@@ -169,7 +179,7 @@ def load_model(model: Any, path: Path) -> Manifest:
         by_folder[tensors.folders[item.key]][key] = item
     loaded: State = {}
     for folder, wanted in by_folder.items():
-        found = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+        found = read_state(folder, wanted)
         loaded.update({key: found[key] for key in wanted})
     with torch.no_grad():
         own = unwrap(model).state_dict(keep_vars=True)

@@ -116,8 +116,6 @@ def load_stage(checkpoint: Path, *, model: Any, optimizer: Any, scheduler: Any) 
     Raises:
         ValueError: another number of ranks, or a file that is missing.
     """
-    from megatron.core import dist_checkpointing
-
     folder = places.resolve(checkpoint)
     path = _rank_file(folder, _rank())
     if not path.is_file():
@@ -128,7 +126,7 @@ def load_stage(checkpoint: Path, *, model: Any, optimizer: Any, scheduler: Any) 
     manifest = models.load_model(model, folder)
     weights = models.sharded_state(model, manifest.parts)
     sharded = optimizer.sharded_state_dict(weights, is_loading=True, metadata=models.metadata())
-    state = dist_checkpointing.load({"optimizer": sharded}, str(folder), validate_access_integrity=False)
+    state = models.read_state(folder, {"optimizer": sharded})
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
     _set_generators(own["generators"])

@@ -7,7 +7,9 @@ number of their layer (megatron-core's `non_homogeneous_layers`), so that a mode
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _write_item
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -27,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
 
 from vlm.checkpoint import places
 
@@ -59,6 +63,43 @@ class _StreamPlanner(dcp.DefaultSavePlanner):
         return tensor
 
 
+class Writer(dcp.FileSystemWriter):
+    """Writes one file per rank, a tensor at a time.
+
+    The base class keeps every tensor it has written until the file is closed
+    (torch/distributed/checkpoint/filesystem.py: `_write_files_from_queue`): the whole model, on a GPU a copy of it.
+    """
+
+    def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        results = []
+        with open(Path(self.path) / name, "wb") as stream:
+            for item in plan.items:
+                results.append(
+                    _write_item(
+                        self.transforms,
+                        stream,
+                        _plain(planner.resolve_data(item)),
+                        item,
+                        name,
+                        self.serialization_format,
+                    )
+                )
+            stream.flush()
+            os.fsync(stream.fileno())
+        future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        future.set_result(results)
+        return future
+
+
+def _plain(data: Tensor | io.BytesIO) -> Tensor | io.BytesIO:
+    """On the CPU, and not a view: a view would be written with all of the memory it looks at."""
+    if not isinstance(data, Tensor):
+        return data
+    tensor = data.detach().to("cpu")
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+
+
 def _item(key: str, dtype: torch.dtype, shape: torch.Size) -> WriteItem:
     offsets = torch.Size([0] * len(shape))
     return WriteItem(
@@ -76,10 +117,8 @@ def write_tensors(folder: Path, specs: Mapping[str, Spec], make: Callable[[str],
         specs: type and global shape per key, in the order of writing.
         make: returns the tensor of a key; called once per key, and its result is dropped after writing.
     """
-    # copy_ahead 0: the next tensor is made after the last one is written, also where CUDA is present.
-    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0)
     with _alone():
-        dcp.save({}, storage_writer=writer, planner=_StreamPlanner(specs, make), no_dist=True)
+        dcp.save({}, storage_writer=Writer(folder), planner=_StreamPlanner(specs, make), no_dist=True)
     torch.save({"content_metadata": METADATA}, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps(_FORMAT))
 
