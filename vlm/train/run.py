@@ -9,6 +9,13 @@ from pathlib import Path
 from vlm import config as configuration
 from vlm.train.plan import prepare
 
+_NOISE = (
+    "(Transformer Engine and )?Apex (is|are) not installed",  # one per module of megatron-core that has another way
+    "full scope is deprecated",  # megatron-core about the default of its own cuda_graph_scope
+    "`load_state_dict` is deprecated",  # megatron-core about its own call of torch
+)
+"""Warnings that no setting of ours can heed."""
+
 
 def run(config: Path, stage: str, start_from: Path, data: Path, out: Path) -> int:
     """Train a stage; go on from `out/checkpoints/latest` if that is the same run, and do nothing if it is finished.
@@ -32,10 +39,10 @@ def run(config: Path, stage: str, start_from: Path, data: Path, out: Path) -> in
         print(f"{stage}: already finished, {checkpoint} is its last checkpoint", file=sys.stderr)
         return 0
 
-    with warnings.catch_warnings():  # one per module of megatron-core that would rather have these
-        warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
-        from vlm.train.step import NonFiniteError  # torch, megatron-core and Energon: 5 s
-        from vlm.train.trainer import Trainer
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    from vlm.train.step import NonFiniteError  # torch, megatron-core and Energon: 4 s
+    from vlm.train.trainer import Trainer
 
     try:
         with Trainer(plan) as trainer:

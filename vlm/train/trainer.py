@@ -80,6 +80,7 @@ class Trainer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.reporter.close()
+        self.loader.close()
         if kind is None:  # after an error other ranks may still wait in a collective: leave at once
             parallel.destroy()
 
@@ -104,7 +105,9 @@ class Trainer:
             self._report(outcome, now=last or self.iteration % stage.log_interval == 0)
             if last or self.iteration % stage.save_interval == 0:
                 self._save()
-        self._finish()
+        rejected = self._rejected()
+        if self.first_rank:
+            self._finish(rejected)
 
     def _report(self, outcome: Outcome, *, now: bool) -> None:
         self.totals.add(outcome)
@@ -146,6 +149,15 @@ class Trainer:
             print(f"{self.plan.stage}: resuming after iteration {resumed.iteration} from {newest}", file=sys.stderr)
         return resumed.iteration
 
+    def _rejected(self) -> dict[str, str]:
+        """Samples that no data-parallel rank could use, and why."""
+        ranks: list[dict[str, str]] = [self.loader.rejected]
+        if (world := parallel_state.get_data_parallel_world_size()) > 1:
+            ranks *= world
+            group = parallel_state.get_data_parallel_group()
+            torch.distributed.all_gather_object(ranks, self.loader.rejected, group=group)
+        return {key: reason for rank in ranks for key, reason in sorted(rank.items())}
+
     def _save(self) -> None:
         self.reporter.sync()
         self.last_good = checkpoint.save_stage(
@@ -171,9 +183,8 @@ class Trainer:
         self.peak_memory_bytes = max(self.peak_memory_bytes, now)
         return self.peak_memory_bytes
 
-    def _finish(self) -> None:
-        if not self.first_rank:
-            return
+    def _finish(self, rejected: dict[str, str]) -> None:
+        files.write_json(self.plan.out / "rejected.json", rejected)
         trained, frozen = optimizer.num_parameters(self.model)
         losses = [line["loss"] for line in self.reporter.lines]
         report: dict[str, Any] = {
@@ -188,7 +199,7 @@ class Trainer:
             "frozen_parameters": frozen,
             "samples": self.totals.samples,
             "tokens": self.totals.tokens,
-            "rejected": self.loader.rejected,
+            "rejected": len(rejected),
         }
         files.write_json(self.plan.out / "finished.json", report)
 
