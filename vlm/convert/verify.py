@@ -42,6 +42,7 @@ def verify(checkpoint: Path, language: Path, vision: Path, out: Path, tolerance:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # a text tower that is left out is no news
     parallel.initialize(parallel.single(), SEED)
     try:
         results = dict(_compare(Path(checkpoint), Path(language), Path(vision)))
