@@ -7,6 +7,8 @@ equals `transformers`' `LlavaProcessor` with `apply_chat_template`. L: tokens of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,7 @@ class Prompter:
             raise ValueError(f"{tokenizer_dir}: the tokenizer has no chat template")
         self.image_token = image_token
         self.num_image_tokens = num_image_tokens
+        self._layouts: dict[int, _Layout | None] = {}
         self._backend = self.tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -172,7 +175,18 @@ class Prompter:
         return self._backend.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
 
     def _answers(self, messages: list[dict[str, str]], text: str, key: str) -> list[tuple[int, int]]:
-        """Character spans of the assistant's turns: what each adds to the text rendered up to its question."""
+        """Character spans of the assistant's turns in the rendered text.
+
+        Rendering every prefix takes longer than tokenising does. What the template puts between the turns is therefore
+        remembered per number of turns, and used where laying the turns into it gives the very text that was rendered.
+        """
+        if len(messages) not in self._layouts:
+            self._layouts[len(messages)] = self._layout(len(messages), key)
+        layout = self._layouts[len(messages)]
+        return (layout and layout.answers(messages, text)) or self._rendered_answers(messages, text, key)
+
+    def _rendered_answers(self, messages: list[dict[str, str]], text: str, key: str) -> list[tuple[int, int]]:
+        """What each of the assistant's turns adds to the text rendered up to its question."""
         spans = []
         for turn in range(0, len(messages), 2):
             before = self._render(messages[: turn + 1], prompt=True)
@@ -181,3 +195,50 @@ class Prompter:
                 raise ValueError(f"{key}: the chat template renders turn {turn + 1} differently once more turns follow")
             spans.append((len(before), len(after)))
         return spans
+
+    def _layout(self, num_turns: int, key: str) -> _Layout | None:
+        """The template's own text around marks that stand for the turns, None where it does not simply lay them out."""
+        marks = [f"\ue000{turn}\ue001" for turn in range(num_turns)]  # private use: in no template and no sane text
+        roles = ("user", "assistant")
+        messages = [{"role": roles[turn % 2], "content": f"\t{mark}\t"} for turn, mark in enumerate(marks)]
+        text = self._render(messages)
+        pieces, starts, trimmed, cursor = [], [], [], 0
+        for mark in marks:
+            at = text.find(mark, cursor)
+            if at < 0:
+                return None
+            trimmed.append(text[at - 1] != "\t")
+            edge = 0 if trimmed[-1] else 1
+            pieces.append(text[cursor : at - edge])
+            starts.append(cursor)
+            cursor = at + len(mark) + edge
+        pieces.append(text[cursor:])
+        starts.append(cursor)
+        spans = self._rendered_answers(messages, text, key)
+        # A span begins in the piece before the assistant's turn and ends in the one after it.
+        offsets = [(start - starts[2 * i + 1], end - starts[2 * i + 2]) for i, (start, end) in enumerate(spans)]
+        return _Layout(pieces, trimmed, offsets)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a chat template writes around a number of turns."""
+
+    pieces: list[str]
+    """Before the first turn, between the turns, after the last."""
+    trimmed: list[bool]
+    """Whether the blanks at the ends of a turn are taken off."""
+    offsets: list[tuple[int, int]]
+    """Where each answer begins in the piece before its turn, and ends in the piece after it."""
+
+    def answers(self, messages: list[dict[str, str]], text: str) -> list[tuple[int, int]] | None:
+        """Character spans of the answers, None if the template has written anything but this layout."""
+        turns = [
+            message["content"].strip() if trimmed else message["content"]
+            for message, trimmed in zip(messages, self.trimmed, strict=True)
+        ]
+        parts = [part for pair in zip(self.pieces, [*turns, ""], strict=True) for part in pair]
+        if "".join(parts) != text:
+            return None
+        ends = list(accumulate(map(len, parts), initial=0))
+        return [(ends[4 * i + 2] + start, ends[4 * i + 4] + end) for i, (start, end) in enumerate(self.offsets)]

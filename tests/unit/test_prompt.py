@@ -112,6 +112,36 @@ def test_prompt_ends_where_training_begins(tmp_path: Path, template: str) -> Non
     assert prompter.tokenizer.convert_ids_to_tokens(prompt[-1]) == "[/INST]"
 
 
+TEMPLATES = {
+    "trimmed": (fixtures.CHAT_TEMPLATE, True),
+    "verbatim": (fixtures.CHAT_TEMPLATE.replace(" | trim", ""), True),
+    "blank-after-prompt": (BLANK_TEMPLATE, True),
+    "header": (fixtures.CHAT_TEMPLATE.replace("' ' + message", "'GPT: ' + message"), True),
+    "trimmed-on-one-side": (fixtures.CHAT_TEMPLATE.replace("| trim", ".rstrip()"), False),
+    "by-content": (
+        fixtures.CHAT_TEMPLATE.replace("message['content'] | trim", "message['content'].split('left')[-1]"),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_remembered_layout_gives_the_spans_of_rendering(tmp_path: Path, template: str) -> None:
+    text, remembered = TEMPLATES[template]
+    prompter = Prompter(fixtures.write_tokenizer(tmp_path, chat_template=text), fixtures.IMAGE_TOKEN, 64)
+    turns = [*DIALOGUE[:4], {"from": "human", "value": "<s> [INST] x"}, {"from": "gpt", "value": " left or left \t"}]
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
+    rendered = prompter._render(messages)
+    expected = prompter._rendered_answers(messages, rendered, "key")
+    assert prompter._answers(messages, rendered, "key") == expected
+    layout = prompter._layouts[6]
+    assert layout is not None and (layout.answers(messages, rendered) == expected) == remembered
+    answers = [rendered[start:end] for start, end in expected]
+    assert all(answer.endswith("</s>") for answer in answers) and answers[0].strip() in rendered
+    assert not any("[/INST]" in answer for answer in answers)
+
+
 def test_plain_keeps_only_the_picture(prompter: Prompter) -> None:
     plain = prompter.training(CAPTION, 1, plain=True)
     picture_only = [{"from": "human", "value": "<image>"}, CAPTION[1]]
