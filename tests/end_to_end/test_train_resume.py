@@ -166,6 +166,21 @@ def test_killed_at_random(runs, tmp_path, stage):
     assert kills == 6
 
 
+def test_killed_in_bfloat16(runs, tmp_path):
+    """The fp32 masters come back, not the rounded weights."""
+    config = train_workspace.changed(runs.config, tmp_path / "c.yaml", dtype="bfloat16")
+    parent = runs.workspace.combined
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    assert runs.train("pretrain", alone, config=config, start_from=parent) == 0
+    assert runs.train("pretrain", killed, ("vlm.train.step:Step.__call__", 5), config=config, start_from=parent) == -9
+    assert runs.train("pretrain", killed, config=config, start_from=parent) == 0
+    assert_same(killed, alone)
+    tensors = content(alone / f"checkpoints/iteration_{ITERATIONS:07d}")
+    dtypes = {name.split(".vision_projection")[0]: item.dtype for name, item in tensors.items() if "fc1.weight" in name}
+    assert dtypes["optimizer.state.fp32_param"] == torch.float32
+    assert dtypes["vision_projection.encoder.linear_fc1.weight"] == torch.bfloat16
+
+
 def test_torn_metrics_line_is_written_again(runs, tmp_path):
     out = tmp_path / "torn"
     assert runs.train("sft", out, ("vlm.train.step:Step.__call__", 6)) == -9
