@@ -321,3 +321,37 @@ def test_image_bytes_reach_the_batch_as_transformers_would_resize_them(open_load
                     assert (batch.images[0].numpy() == expected).all()
                     return
     pytest.fail(f"{key} is in no shard")
+
+
+def test_several_pictures_of_a_sample_keep_their_order(folder: Path, tmp_path: Path) -> None:
+    """Of both kinds of file, so that the order is the conversation's and not that of the extensions."""
+    records = fixtures.write_source(tmp_path / "captions", 40)
+    for index_ in range(0, 38, 7):  # these pictures are png
+        records[index_]["image"] = [
+            records[index_]["image"],
+            records[index_ + 1]["image"],
+            records[index_ + 2]["image"],
+        ]
+        records[index_]["conversations"][0]["value"] = "<image><image>\nwhich? or <image>"
+    (tmp_path / "captions/annotations.json").write_text(json.dumps(records))
+    config = fixtures.write_config(
+        tmp_path / "config.yaml",
+        stages__pretrain__data={"captions": 1.0},
+        data__sets__captions__validation_share=0,
+        stages__pretrain__sequence_length=1024,
+    )
+    shard(config, "captions", tmp_path / "captions", tmp_path / "data")
+    index(tmp_path / "data")
+    dirs = {"captions": tmp_path / "data"}
+    loader = build(settings.load(config), "pretrain", dirs, folder / "language", folder / "vision")
+    shown: dict[str, list[int]] = {}
+    for batch in _take(loader, 20):
+        pictures = iter(batch.images.numpy())
+        for key in batch.sample_keys:
+            own = records[int(key.split("/")[1])]["image"]
+            number = len(own) if isinstance(own, list) else 1
+            shown[key] = [fixtures.picture_index(next(pictures)) for _ in range(number)]
+    assert len(shown) == 40
+    for key, found in shown.items():
+        position = int(key.split("/")[1])
+        assert found == ([position, position + 1, position + 2] if position % 7 == 0 and position < 38 else [position])
