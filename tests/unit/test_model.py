@@ -8,6 +8,7 @@ import torch
 
 from vlm import parallel
 from vlm.model import build
+from vlm.model.language import hidden_keys
 from vlm.model.sizes import language_sizes, vision_sizes
 
 LANGUAGE, VISION = fixtures.LANGUAGE, fixtures.VISION
@@ -44,6 +45,7 @@ def test_freeze_leaves_gradients_to_the_trainable_parts(model):
     for trainable in (["projector"], ["projector", "language"], ["vision", "projector", "language"]):
         model.freeze(trainable)
         model.zero_grad(set_to_none=True)
+        assert [part.training for part in model.parts.values()] == [name in trainable for name in model.parts]
         model.train()
         model(batch).sum().backward()
         for name, part in model.parts.items():
@@ -59,6 +61,13 @@ def test_frozen_vision_model_builds_no_graph(model):
     assert not any("Convolution" in name or "LayerNorm" in name for name in saved_tensors(model(batch).sum()))
     model.freeze(["vision"])
     assert any("Convolution" in name for name in saved_tensors(model(batch).sum()))
+
+
+def test_no_grad_means_no_graph(model):
+    batch = fixtures.packed([(31, 1)])
+    with torch.no_grad():
+        assert not model.image_features(batch.images).requires_grad
+        assert not model(batch).requires_grad
 
 
 def test_text_alone_keeps_the_projector_in_the_graph(model):
@@ -82,6 +91,15 @@ def test_head_runs_at_trained_positions_only(model):
     assert seen == [(len(batch.trained_positions), LANGUAGE["hidden_size"])]
     assert losses.dtype == torch.float32
     assert losses.shape == batch.trained_positions.shape
+
+
+def test_padded_queries_see_themselves():
+    """A row that sees nothing is NaN in plain softmax, and as a key it would spread."""
+    mask = torch.tensor([[False, False, True, True], [True, True, True, True]])
+    visible = ~hidden_keys(4, mask)
+    assert visible[0, 0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert torch.equal(visible[1, 0], torch.ones(4, 4).tril().bool())
+    assert (~hidden_keys(1, mask))[:, 0, 0].tolist() == mask.tolist()
 
 
 def test_unknown_part_is_refused_by_name(model):

@@ -39,7 +39,7 @@ def test_one_process_needs_no_launcher_and_may_start_again():
         parallel.initialize(parallel.single(), seed=7)  # the same layout only seeds again
         assert draws() == first
         parallel.seed_everything(8)
-        assert draws() != first
+        assert not set(draws()) & set(first)  # each generator moved
         parallel.destroy()
         parallel.destroy()
 

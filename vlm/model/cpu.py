@@ -67,6 +67,49 @@ def install() -> None:
     _let_tensors_answer()
 
 
+def linear(layer: type) -> type:
+    """`layer`, one of megatron-core's parallel linear layers, with its products computed by oneDNN on the CPU.
+
+    PyTorch gives fp32 products to MKL, which uses half the vector width of AMD's processors. On one core of an EPYC
+    [1024, 128] x [128, 688] takes 1.8 ms there and 0.75 ms here; results differ in the last bits only.
+    """
+    if torch.cuda.is_available() or not torch.backends.mkldnn.is_available():
+        return layer
+    return type(f"OneDnn{layer.__name__}", (_OneDnn, layer), {})
+
+
+class _OneDnn:
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+        if input.dtype != torch.float32 or self.tp_group.size() > 1:  # type: ignore[attr-defined]
+            return super()._forward_impl(input=input, weight=weight, **options)  # type: ignore[misc]
+        return _OneDnnProduct.apply(input, weight, options["bias"])
+
+
+class _OneDnnProduct(torch.autograd.Function):
+    """x W^T + b with x [.., D], W [F, D], b [F], and its gradients dx = dy W, dW = dy^T x, db = sum dy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows = x.flatten(0, -2)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
+        return _product(rows, weight, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        dy = gradient.flatten(0, -2)
+        wanted = ctx.needs_input_grad
+        return (
+            _product(dy, weight.t()).view(*gradient.shape[:-1], -1) if wanted[0] else None,
+            _product(dy.t(), rows.t()) if wanted[1] else None,
+            dy.sum(0) if wanted[2] else None,
+        )
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 class _Forward(types.ModuleType):
     """A module that answers for another one, except for the names set on it."""
 

@@ -6,6 +6,7 @@ Shapes: S sequence, B batch, T packed tokens (B = 1), D hidden, H query heads, G
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron.core.transformer import attention as core
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import functional
 
@@ -151,6 +153,15 @@ class SelfAttention(core.SelfAttention):
         keys[start:end, :batch] = key
         values[start:end, :batch] = value
         return keys[:end, :batch], values[:end, :batch]
+
+
+class Layer(TransformerLayer):
+    """megatron-core's layer without its habit of turning gradients on around residual adds (transformer_layer.py:431),
+    which starts a graph inside `torch.no_grad()` wherever a bias is a trainable parameter."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.bias_dropout_add_exec_handler = contextlib.nullcontext
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:

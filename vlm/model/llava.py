@@ -167,7 +167,7 @@ class Llava(MegatronModule):
         return self.language_model.shared_embedding_or_output_weight()
 
     def _encode(self, images: Tensor) -> Tensor:
-        """Features [N, 1 + P, D_vision]; a graph only where the vision model learns."""
+        """Features [N, 1 + P, D_vision]; no graph where the vision model is frozen."""
         vision = self.vision_model
         expected = (3, vision.img_h, vision.img_w)
         if images.dtype != torch.uint8 or images.shape[1:] != expected:
@@ -177,8 +177,7 @@ class Llava(MegatronModule):
             return torch.empty(
                 0, vision.seq_length, vision.visual_hidden_size, dtype=vision.dtype, device=images.device
             )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and vision.trains):
-            return vision(pictures.normalise(images, self.image_mean, self.image_std, vision.dtype))
+        return vision(pictures.normalise(images, self.image_mean, self.image_std, vision.dtype))
 
     def _place(self, embeddings_TD: Tensor, images: Tensor, positions: Tensor) -> Tensor:
         """Write projected features over the embeddings at flat `positions`, in picture order.

@@ -14,18 +14,19 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
 import vlm_kernels
-from vlm.model.layers import CoreAttention, Norm, SelfAttention, SwiGLU, residual_add
+from vlm.model import cpu
+from vlm.model.layers import CoreAttention, Layer, Norm, SelfAttention, SwiGLU, residual_add
 
 
 class TorchSpecs:
     """Plain PyTorch: the functions of vlm_kernels.reference in megatron-core's slots."""
 
-    column_linear: type = ColumnParallelLinear
-    row_linear: type = RowParallelLinear
+    column_linear: type = cpu.linear(ColumnParallelLinear)
+    row_linear: type = cpu.linear(RowParallelLinear)
     norm: type = Norm
     core_attention: type = CoreAttention
     linear_cross_entropy: Callable[..., Tensor] = staticmethod(vlm_kernels.linear_cross_entropy)
@@ -47,7 +48,7 @@ class TorchSpecs:
             ),
         )
         layer = ModuleSpec(
-            module=TransformerLayer,
+            module=Layer,
             submodules=TransformerLayerSubmodules(
                 input_layernorm=self.norm,
                 self_attention=attention,

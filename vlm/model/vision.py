@@ -46,9 +46,5 @@ class VisionModel(CLIPViTModel):
         return super().sharded_state_dict(prefix, sharded_offsets, numbered(metadata))
 
     @property
-    def trains(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.parameters())
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.conv1.weight.dtype
