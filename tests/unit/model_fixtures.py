@@ -46,7 +46,13 @@ VISION: dict[str, Any] = {
 
 
 def settings(
-    *, feature_layer: int = -1, tensor: int = 1, sequence: bool = False, backend: str = "torch", bias: bool = True
+    *,
+    feature_layer: int = -1,
+    tensor: int = 1,
+    sequence: bool = False,
+    backend: str = "torch",
+    bias: bool = True,
+    dtype: str = "float32",
 ) -> Any:
     """The pieces of the configuration that shape a model."""
     from vlm.model import Settings
@@ -60,7 +66,7 @@ def settings(
             }
         ),
         kernels=configuration.Kernels.model_validate({"backend": backend}),
-        dtype="float32",
+        dtype=dtype,  # type: ignore[arg-type]
         parallel=configuration.Parallel(nodes=1, ranks_per_node=tensor, tensor=tensor, pipeline=1, sequence=sequence),
     )
 

@@ -104,3 +104,17 @@ def test_a_picture_in_another_sample_changes_nothing_here():
     trained_each = len(before) // 2
     torch.testing.assert_close(after[:trained_each], before[:trained_each], rtol=0, atol=0)
     assert (after[trained_each:] - before[trained_each:]).abs().max() > 1e-3
+
+
+def test_bfloat16_stays_near_float32():
+    """Same weights rounded to bf16: losses differ by rounding, not by a wrong scale, mask or position."""
+    reference = fixtures.huggingface()
+    exact = fixtures.ours(reference)
+    rounded = fixtures.ours(reference, dtype="bfloat16")
+    assert {parameter.dtype for parameter in rounded.parameters()} == {torch.bfloat16}
+    batch = fixtures.packed(SHAPES)
+    losses, wanted = rounded(batch), exact(batch)
+    assert losses.dtype == torch.float32
+    assert (losses - wanted).abs().mean() < 0.02 * wanted.mean()
+    losses.sum().backward()
+    assert rounded.vision_projection.encoder.linear_fc1.weight.grad.any()
