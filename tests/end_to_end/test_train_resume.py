@@ -181,6 +181,15 @@ def test_killed_in_bfloat16(runs, tmp_path):
     assert dtypes["vision_projection.encoder.linear_fc1.weight"] == torch.bfloat16
 
 
+def test_killed_with_a_loader_process(runs, tmp_path):
+    config = train_workspace.changed(runs.config, tmp_path / "c.yaml", data__workers=1)
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    assert runs.train("pretrain", alone, config=config) == 0
+    assert runs.train("pretrain", killed, ("vlm.train.step:Step.__call__", 9), config=config) == -9
+    assert runs.train("pretrain", killed, config=config) == 0
+    assert_same(killed, alone)
+
+
 def test_torn_metrics_line_is_written_again(runs, tmp_path):
     out = tmp_path / "torn"
     assert runs.train("sft", out, ("vlm.train.step:Step.__call__", 6)) == -9
@@ -213,6 +222,9 @@ def test_other_settings_move_the_old_run_aside(runs, tmp_path):
     assert runs.train("pretrain", out, ("vlm.train.step:Step.__call__", 6)) == -9
     kept = (out / "metrics.jsonl").read_text()
     changed = train_workspace.changed(runs.config, tmp_path / "c.yaml", stages__pretrain__optimizer__lr=5.0e-3)
+    elsewhere = train_workspace.changed(changed, tmp_path / "d.yaml", parallel__ranks_per_node=2)
+    assert runs.train("pretrain", out, config=elsewhere) == 2, "two processes are promised, one is started"
+    assert (out / "metrics.jsonl").read_text() == kept, "moved for a run that was refused"
     assert runs.train("pretrain", out, config=changed) == 0
     (previous,) = out.glob("previous-*")
     assert (previous / "metrics.jsonl").read_text() == kept

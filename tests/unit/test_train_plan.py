@@ -74,7 +74,7 @@ def plan(place: Path, stage: str = "pretrain", start_from: str = "combined", **c
 
 
 def test_plan_of_a_good_stage(place):
-    made = plan(place, parallel__ranks_per_node=4, parallel__tensor=2)
+    made = plan(place, parallel__ranks_per_node=4, parallel__tensor=2, stages__pretrain__global_batch=40)
     assert made.parent == place / "combined" and made.data == {"pretrain": place / "data/pretrain"}
     assert made.num_micro_batches == 20, "40 packed sequences over two data-parallel ranks"
     assert made.finished() is None

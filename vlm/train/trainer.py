@@ -38,7 +38,8 @@ class Trainer:
         config, stage = plan.config, plan.settings
         parallel.initialize(config.parallel, config.seed)
         self.first_rank = torch.distributed.get_rank() == 0
-        newest = self._own_checkpoint()
+        known = identity.read(plan.out / CHECKPOINTS)
+        newest = checkpoint.latest(plan.out) if known == plan.identity else None
         self.model = _build_model(plan)
         if newest is None:
             checkpoint.load_model(self.model, plan.parent)
@@ -56,6 +57,7 @@ class Trainer:
             world=parallel_state.get_data_parallel_world_size(),
         )
         self.iteration = 0 if newest is None else self._resume(newest)
+        self._claim(known)
         self.last_good = newest or plan.parent
         self.step = Step(
             wrapped,
@@ -115,19 +117,16 @@ class Trainer:
         if now:
             self.reporter.write(self.totals.line(self.iteration, outcome, optimizer.learning_rate(self.optimizer)))
 
-    def _own_checkpoint(self) -> Path | None:
-        """Where this run stopped. What another run left in the folder is moved aside first."""
-        out = self.plan.out
-        known = identity.read(out / CHECKPOINTS)
-        torch.distributed.barrier()  # all ranks have read before the first one moves anything
+    def _claim(self, known: dict[str, Any] | None) -> None:
+        """Make the folder this run's own; what another run left in it is moved aside. After the last refusal."""
+        torch.distributed.barrier()  # all ranks have read what is there before the first one moves it
         if known != self.plan.identity and self.first_rank:
-            folder = identity.set_aside(out, known)
+            folder = identity.set_aside(self.plan.out, known)
             if folder is not None:
                 why = identity.difference(known, self.plan.identity) if known else "nothing says what it was"
                 print(f"{self.plan.stage}: another run was moved to {folder} ({why})", file=sys.stderr)
-            identity.write(out / CHECKPOINTS, self.plan.identity)
+            identity.write(self.plan.out / CHECKPOINTS, self.plan.identity)
         torch.distributed.barrier()
-        return checkpoint.latest(out)
 
     def _layout(self) -> dict[str, int]:
         """Settings that the loader's state depends on."""
