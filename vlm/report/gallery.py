@@ -1,0 +1,206 @@
+"""A page of held-out pictures and what each model said about them, to see what the scores mean."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from vlm import coco, files, mmmu_parsing
+from vlm import config as configuration
+from vlm.config import COMBINED, Captions, Mmmu
+from vlm.report import page
+
+NUM_CAPTIONS = 24
+NUM_QUESTIONS = 28
+MAX_IMAGES = 7
+MARKER = re.compile(r"<image \d>\s*")
+WORD = re.compile(r"\w+|\W+")
+
+ANSWERS = "answer_dict_val.json"
+
+Record = dict[str, Any]
+Gold = str | list[str]
+"""The accepted answer or answers: a letter where there are options."""
+Said = dict[str, dict[Any, Record]]
+"""Model -> id of the item -> its line of the generated file."""
+
+
+def write(config: Path, sources: Path, generated: Path, out: Path) -> None:
+    """Write one HTML file that needs no other: pictures spread evenly over the test set, references, answers.
+
+    Args:
+        config: resolved settings; they name the models and the files of the evaluation data.
+        sources: folder that holds the folders of the evaluation data, named as their sources are.
+        generated: folder with `{model}/{captions,mmmu}.jsonl`.
+        out: the page.
+
+    Raises:
+        ValueError: a file is missing or broken, or a model did not answer an item, named.
+    """
+    settings = configuration.load(config)
+    labels = {COMBINED: "before training", **{stage: f"after {stage}" for stage in settings.stages}}
+    captions, questions = settings.evaluation.captions, settings.evaluation.mmmu
+    body = [
+        "<h1>What the model says</h1>\n",
+        f"<p>Run {escape(settings.run)}: {escape(_name(settings.models.language))} and "
+        f"{escape(_name(settings.models.vision))}, about pictures that training never showed.</p>\n",
+        *_captions(captions, sources / Path(captions.source).name, _said(generated, "captions", labels), labels),
+        *_questions(questions, sources / Path(questions.source).name, _said(generated, "mmmu", labels), labels),
+    ]
+    files.write_text(out, page.page(f"{settings.run}: what the model says", "".join(body)))
+
+
+def _name(model: Any) -> str:
+    return str(model.source)
+
+
+def _said(generated: Path, task: str, labels: Mapping[str, str]) -> Said:
+    """Lines of each model by id."""
+    said: Said = {}
+    for model in labels:
+        path = generated / model / f"{task}.jsonl"
+        said[model] = {}
+        for number, record in enumerate(files.read_records(path), start=1):
+            if "id" not in record or not isinstance(record.get("response"), str):
+                raise ValueError(f"{path}: line {number} has no `id` and `response`")
+            said[model][record["id"]] = record
+    return said
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` items, evenly spaced, in their order."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def _answers(said: Said, item: Any, where: Path) -> dict[str, Record]:
+    """What each model said about one item."""
+    if silent := [model for model, records in said.items() if item not in records]:
+        raise ValueError(f"{where}: the model {silent[0]} has no line with id {item!r}")
+    return {model: records[item] for model, records in said.items()}
+
+
+def _captions(test: Captions, source: Path, said: Said, labels: Mapping[str, str]) -> list[str]:
+    annotations = source / test.annotations
+    references = coco.read_references(annotations)
+    pictures = coco.read_pictures(annotations, source / test.images)
+    cards = []
+    for image in _spread([one for one in pictures if one in references], NUM_CAPTIONS):
+        known = set(_words(" ".join(references[image])))
+        answers = _answers(said, image, annotations)
+        rows = [
+            _row(labels[model], _marked(record["response"], known), last=model == list(labels)[-1])
+            for model, record in answers.items()
+        ]
+        shown = page.picture(pictures[image], str(pictures[image]))
+        cards.append(_card([shown], _references(references[image]) + f"<dl>\n{''.join(rows)}</dl>\n"))
+    return [
+        f"<h2>Captions</h2>\n<p>Asked: {escape(test.prompt)} {len(cards)} of {len(pictures)} pictures; words that no "
+        "reference has are <mark>underlined</mark>.</p>\n",
+        f'<div class="cards">\n{"".join(cards)}</div>\n',
+    ]
+
+
+def _references(texts: Sequence[str]) -> str:
+    others = "".join(f"<li>{escape(one)}</li>" for one in texts[1:])
+    more = f"<details><summary>{len(texts) - 1} more</summary><ul>{others}</ul></details>\n" if others else ""
+    return f'<dl class="reference"><dt>reference</dt><dd>{escape(texts[0])}</dd>{more}</dl>\n'
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _marked(text: str, known: set[str]) -> str:
+    """The text with the words underlined that are not known."""
+    if not text.strip():
+        return '<span class="nothing">nothing</span>'
+    pieces = WORD.findall(text.strip())
+    return "".join(
+        f"<mark>{escape(piece)}</mark>" if piece[0].isalnum() and piece.lower() not in known else escape(piece)
+        for piece in pieces
+    )
+
+
+def _row(label: str, said: str, *, last: bool) -> str:
+    css = ' class="last"' if last else ""
+    return f"<dt{css}>{escape(label)}</dt><dd{css}>{said}</dd>\n"
+
+
+def _card(pictures: Sequence[str], words: str) -> str:
+    shown = f'<div class="pictures">{"".join(pictures)}</div>'
+    return f'<article class="card">{shown}<div class="words">\n{words}</div></article>\n'
+
+
+def _questions(test: Mmmu, source: Path, said: Said, labels: Mapping[str, str]) -> list[str]:
+    gold = files.read_json(source / ANSWERS)
+    rows = _read_questions(test, source)
+    cards = []
+    for row in rows:
+        if row["id"] not in gold:
+            raise ValueError(f"{source / ANSWERS}: has no answer to {row['id']}")
+        answers = _answers(said, row["id"], source)
+        cards.append(_question(row, gold[row["id"]]["ground_truth"], answers, labels))
+    return [
+        f"<h2>Questions</h2>\n<p>{len(cards)} of {len(gold)}, right and wrong by the rules of MMMU; "
+        "an answer from which no letter can be read is wrong here.</p>\n",
+        f'<div class="cards">\n{"".join(cards)}</div>\n',
+    ]
+
+
+def _read_questions(test: Mmmu, source: Path) -> list[Record]:
+    from pyarrow import parquet
+
+    paths = sorted(source.glob(f"*/{test.split}-*.parquet"))
+    if not paths:
+        raise ValueError(f"{source}: holds no <Subject>/{test.split}-*.parquet (evaluation.mmmu.split)")
+    places = [(path, row) for path in paths for row in range(parquet.read_metadata(path).num_rows)]
+    chosen = _spread(places, NUM_QUESTIONS)
+    rows = []
+    for path in sorted({path for path, _ in chosen}):  # one table in memory at a time
+        rows += parquet.read_table(path).take([row for where, row in chosen if where == path]).to_pylist()
+    return rows
+
+
+def _question(row: Record, gold: Gold, answers: Mapping[str, Record], labels: Mapping[str, str]) -> str:
+    names = [f"image_{number}" for number in range(1, MAX_IMAGES + 1)]
+    shown = [page.picture(row[name]["bytes"], f"{row['id']} {name}") for name in names if row.get(name)]
+    asked = f'<div class="asked">{escape(MARKER.sub("", row["question"]).strip())}</div>\n'
+    options = _options(row)
+    if options:
+        right = {letter for letter in options if mmmu_parsing.choice_is_correct(gold, letter)}
+        lines = "".join(
+            f"<li{' class=answer' if letter in right else ''}>({letter}) {escape(option)}</li>"
+            for letter, option in options.items()
+        )
+        asked += f'<ul class="options">{lines}</ul>\n'
+    else:
+        accepted = " or ".join(gold) if isinstance(gold, list) else str(gold)
+        asked += f'<ul class="options"><li class="answer">{escape(accepted)}</li></ul>\n'
+    said = "".join(
+        _row(labels[model], _verdict(record["response"], gold, options), last=model == list(labels)[-1])
+        for model, record in answers.items()
+    )
+    return _card(shown, f'{asked}<dl class="said">\n{said}</dl>\n')
+
+
+def _options(row: Record) -> dict[str, str]:
+    """Options by their letters; none for an open question."""
+    if row["question_type"] != "multiple-choice":
+        return {}
+    listed = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
+    return {chr(ord("A") + number): str(option) for number, option in enumerate(listed)}
+
+
+def _verdict(response: str, gold: Gold, options: Mapping[str, str]) -> str:
+    if options:
+        letter = mmmu_parsing.parse_choice(response, list(options), options)
+        right = mmmu_parsing.choice_is_correct(gold, letter)
+    else:
+        right = mmmu_parsing.open_is_correct(gold, mmmu_parsing.parse_open(response))
+    said = escape(response.strip()) or '<span class="nothing">nothing</span>'
+    return f'<span class="verdict {"right" if right else "wrong"}">{"right" if right else "wrong"}</span>{said}'
