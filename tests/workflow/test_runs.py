@@ -44,6 +44,7 @@ def test_everything_is_made_once_and_a_change_remakes_only_what_follows(workspac
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=[\"']https?:", report), (
         "the report needs the internet"
     )
+    assert "System Message" not in report, "a caption of the report is not valid reStructuredText"
 
     calls = (workspace / "calls.txt").read_text()
     for part in ("language", "vision"):
