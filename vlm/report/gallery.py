@@ -108,7 +108,7 @@ def _captions(test: Captions, source: Path, said: Said, labels: Mapping[str, str
 def _references(texts: Sequence[str]) -> str:
     others = "".join(f"<li>{escape(one)}</li>" for one in texts[1:])
     more = f"<details><summary>{len(texts) - 1} more</summary><ul>{others}</ul></details>\n" if others else ""
-    return f'<dl class="reference"><dt>reference</dt><dd>{escape(texts[0])}</dd>{more}</dl>\n'
+    return f'<div class="reference"><dl><dt>reference</dt><dd>{escape(texts[0])}</dd></dl>\n{more}</div>\n'
 
 
 def _words(text: str) -> list[str]:

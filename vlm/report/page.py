@@ -87,4 +87,4 @@ def picture(source: Path | bytes, name: str) -> str:
         raise ValueError(f"{name}: not a picture that can be shown: {error}") from None
     small = ' class="small"' if edge < 150 else ""
     encoded = base64.b64encode(data).decode()
-    return f'<img{small} src="data:{kind};base64,{encoded}" alt="{escape(name)}">'
+    return f'<img{small} src="data:{kind};base64,{encoded}" alt="{escape(Path(name).name)}">'
