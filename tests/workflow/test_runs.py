@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import yaml
 from workspace import Snakemake, environment, jobs
 
@@ -26,10 +26,10 @@ SFT_AND_AFTER = {
 }
 
 
-def wait_for(path: Path, seconds: float = 60) -> None:
+def wait_until(happened: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} did not appear"
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
         time.sleep(0.05)
 
 
@@ -79,27 +79,39 @@ def test_everything_is_made_once_and_a_change_remakes_only_what_follows(workspac
 
 
 def test_make_demo_goes_on_after_snakemake_was_killed(workspace: Path) -> None:
-    """SIGKILL leaves Snakemake's lock and an incomplete output behind; a plain rerun copes with both."""
+    """SIGKILL leaves a lock, an incomplete output and a running trainer behind; a plain rerun copes with all three."""
     (workspace / ".venv/.installed").touch()
     (workspace / "hold").touch()
     command = ["make", "--assume-old=.venv/.installed", "demo"]
     environ = environment(workspace)
-    with open(workspace / "first.log", "w") as log:
-        first = subprocess.Popen(command, cwd=workspace, env=environ, stdout=log, stderr=log, start_new_session=True)
-        wait_for(workspace / "results/tiny/train/pretrain/started")
 
-        second = subprocess.run(command, cwd=workspace, env=environ, capture_output=True, text=True, timeout=60)
-        assert second.returncode != 0 and "Another `make demo` is running" in second.stderr
+    def start(log: str) -> psutil.Popen:
+        with open(workspace / log, "w") as stream:
+            return psutil.Popen(command, cwd=workspace, env=environ, stdout=stream, stderr=stream)
 
-        os.killpg(first.pid, signal.SIGKILL)
-        first.wait()
+    def trainings() -> int:
+        return (workspace / "calls.txt").read_text().count("--stage pretrain")
+
+    first = start("first.log")
+    wait_until(lambda: (workspace / "results/tiny/train/pretrain/started").exists())
+    refused = subprocess.run(command, cwd=workspace, env=environ, capture_output=True, text=True, timeout=60)
+    assert refused.returncode != 0 and "Another `make demo` is running" in refused.stderr
+
+    family = first.children(recursive=True)
+    trainer = [process for process in family if "--stage" in process.cmdline() and "-c" not in process.cmdline()]
+    assert len(trainer) == 1
+    for process in [first, *(one for one in family if "snakemake" in " ".join(one.cmdline()) and one not in trainer)]:
+        process.kill()
+        process.wait()
+    assert trainer[0].is_running(), "the trainer died with snakemake, so this test shows nothing"
     assert list((workspace / ".snakemake/locks").iterdir()), "the kill left no lock, so this test shows nothing"
-    assert not (workspace / "results/tiny/train/pretrain/finished.json").exists()
 
+    second = start("second.log")
+    wait_until(lambda: "Waiting for another training" in (workspace / "second.log").read_text())
+    assert trainings() == 1, "two trainers write to one folder"
     (workspace / "hold").unlink()
-    again = subprocess.run(command, cwd=workspace, env=environ, capture_output=True, text=True, timeout=200)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.splitlines()[-1] == "summary of results/tiny/scores/table.csv"
+    assert second.wait(timeout=200) == 0, (workspace / "second.log").read_text()
+    assert (workspace / "second.log").read_text().splitlines()[-1] == "summary of results/tiny/scores/table.csv"
+    assert trainings() == 2
     calls = (workspace / "calls.txt").read_text().splitlines()
     assert len([call for call in calls if call.startswith("tiny data")]) == 1, "finished work was done again"
-    assert len([call for call in calls if "--stage pretrain" in call]) == 2

@@ -1,5 +1,7 @@
 # Steps 8 and 10: one rule for every stage of the configuration.
-# Checkpoints and metrics are no outputs, so that a stopped training goes on; the log is also shown, for its progress bar.
+# Checkpoints and metrics are no outputs, so that a stopped training goes on. A trainer outlives a snakemake that is
+# killed, so the next one waits for it: the lock is the kernel's, held until the trainer ends, however it ends. The log is
+# also shown, for its progress bar.
 rule train:
     input:
         stage_inputs,
@@ -20,5 +22,7 @@ rule train:
     message:
         "Training stage {wildcards.stage}"
     shell:
+        "exec 9> {params.out}.lock; "
+        "flock --nonblock 9 || {{ echo 'Waiting for another training in {params.out} to end.' >&2; flock 9; }}; "
         "{params.launcher} train --config {params.config} --stage {wildcards.stage} "
         "--start-from {params.start_from} --data {params.data} --out {params.out} 2>&1 | tee {log}"
