@@ -1,4 +1,4 @@
-"""The `vlm` command: one verb per step of the recipe. Parsing imports nothing heavy; a command is imported when it runs."""
+"""The `vlm` command: one verb per step. Parsing imports nothing heavy; a command is imported when it runs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _add_sources(commands: Any) -> None:
 def _add_convert(commands: Any) -> None:
     convert = _group(commands, "convert", "Between Hugging Face folders and Megatron checkpoints.")
     for part in ("language", "vision"):
-        one = _command(convert, part, f"vlm.convert.{part}:convert", f"Convert a {part} model to a Megatron checkpoint.")
+        one = _command(convert, part, f"vlm.convert.{part}:convert", f"Convert a {part} model to Megatron.")
         one.add_argument("source", type=Path, help="Hugging Face folder with config.json and safetensors")
         one.add_argument("out", type=Path)
     combine = _command(convert, "combine", "vlm.convert.combine:combine", "Join both models and a fresh projector.")
@@ -66,7 +66,7 @@ def _add_convert(commands: Any) -> None:
     combine.add_argument("--language", type=Path, required=True)
     combine.add_argument("--vision", type=Path, required=True)
     combine.add_argument("--out", type=Path, required=True)
-    verify = _command(convert, "verify", "vlm.convert.verify:verify", "Compare a combined checkpoint with transformers.")
+    verify = _command(convert, "verify", "vlm.convert.verify:verify", "Compare a checkpoint with transformers.")
     verify.add_argument("--checkpoint", type=Path, required=True)
     verify.add_argument("--language", type=Path, required=True, help="Hugging Face folder it was converted from")
     verify.add_argument("--vision", type=Path, required=True, help="Hugging Face folder it was converted from")
