@@ -104,7 +104,7 @@ def captions(scene: Scene) -> list[str]:
 
 def cells(scene: Scene) -> list[tuple[str, ...]]:
     """For each cell of the grid, in reading order, the words that are true of it: three of a thing, or a background."""
-    named = []
+    named: list[tuple[str, ...]] = []
     for row in scene.grid():
         for index in row:
             if index < 0:
