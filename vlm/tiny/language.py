@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
     "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
     "{% else %}{{ raise_exception('roles are user and assistant') }}{% endif %}{% endfor %}"
 )
-STEPS = 3_000
+STEPS = 4_000
 BATCH = 512
 LEARNING_RATE = 2e-3
 MAX_TOKENS = 256

@@ -7,6 +7,7 @@ into something like such a word gives the frozen language model a picture that i
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, field
 
@@ -171,24 +172,28 @@ def _position(rng: random.Random, scene: Scene) -> Question | None:
         return None
     a, b = rng.sample(range(2), 2)
     answer = scene.relation(a, b)
-    options = _choices(rng, answer, [scenes.INVERSE[answer]], list(scenes.RELATIONS))
+    axes = [(one, other) for one, other in scenes.INVERSE.items() if answer not in (one, other)]
+    options = [answer, scenes.INVERSE[answer], *rng.choice(axes)]  # two whole pairs: neither can be told from the other
+    rng.shuffle(options)
     text = f"Where is the {scene.things[a].shape}, seen from the {scene.things[b].shape}?"
-    return Question("Position", (scene,), text, answer, options)
+    return Question("Position", (scene,), text, answer, tuple(options))
 
 
 def _objects(rng: random.Random, scene: Scene) -> Question:
+    """Two attributes of a thing, each as it is and otherwise: four options of which the words favour none."""
+    values = {"size": list(scenes.SIZES), "colour": list(scenes.COLOURS), "shape": list(scenes.SHAPES)}
     thing = rng.choice(scene.things)
-    wrong = []
-    for other in rng.sample(scene.things, len(scene.things)):  # attributes of one thing on another: a test of binding
-        wrong += [f"{thing.size} {other.colour} {thing.shape}", f"{thing.size} {thing.colour} {other.shape}"]
-    flipped = "large" if thing.size == "small" else "small"
-    wrong += [f"{flipped} {thing.colour} {thing.shape}"]
-    wrong += [f"{thing.size} {colour} {thing.shape}" for colour in rng.sample(list(scenes.COLOURS), 3)]
-    shown = {t.name for t in scene.things}
-    likely = [name for name in wrong if name not in shown]
-    return Question(
-        "Objects", (scene,), "Which thing is in the picture?", thing.name, _choices(rng, thing.name, likely, [])
-    )
+    shown = {one.name for one in scene.things}
+    while True:
+        kept = {name: [getattr(thing, name)] for name in values}
+        for name in rng.sample(list(values), 2):
+            near = [getattr(one, name) for one in scene.things]  # attributes of one thing on another: a test of binding
+            others = [one for one in (near if rng.random() < 0.7 else values[name]) if one not in kept[name]]
+            kept[name].append(rng.choice(others or [one for one in values[name] if one not in kept[name]]))
+        options = [f"{size} {colour} {shape}" for size, colour, shape in itertools.product(*kept.values())]
+        if shown.intersection(options) == {thing.name}:
+            rng.shuffle(options)
+            return Question("Objects", (scene,), "Which thing is in the picture?", thing.name, tuple(options))
 
 
 def _comparison(rng: random.Random, first: Scene, second: Scene) -> Question:
