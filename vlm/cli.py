@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ def _call(target: str) -> Callable[..., Any]:
 
     def run(**arguments: Any) -> Any:
         module, function = target.split(":")
+        # megatron-core warns its own developers: of optional packages that are not there, of its own deprecated calls.
+        warnings.filterwarnings("ignore", module=r"megatron\.core\.")
         return getattr(importlib.import_module(module), function)(**arguments)
 
     return run

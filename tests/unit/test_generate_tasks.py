@@ -117,23 +117,38 @@ def test_a_finished_file_is_kept_and_a_cut_one_completed(run: Callable[..., Stan
     assert out.read_bytes() == content
 
 
-def test_answers_of_another_checkpoint_or_other_settings_are_never_continued(
-    run: Callable[..., StandIn], tmp_path: Path
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"checkpoint": "two"},
+        {"captions": {"prompt": "Else?"}},
+        {"captions": {"max_new_tokens": 3}},
+        {"task": "captions_shuffled"},
+    ],
+    ids=["checkpoint", "prompt", "length", "task"],
+)
+def test_answers_that_something_else_made_are_moved_aside(
+    run: Callable[..., StandIn], tmp_path: Path, other: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "captions.jsonl"
     with pytest.raises(KilledError):
         run(out, StandIn(dies_at=1))
     before = (tmp_path / "captions.jsonl.partial").read_bytes()
-    with pytest.raises(ValueError, match=r"captions\.jsonl\.partial: line 1 was made by another checkpoint"):
-        run(out, checkpoint="two")
-    for changes in ({"captions": {"prompt": "Else?"}}, {"captions": {"max_new_tokens": 3}}):
-        with pytest.raises(ValueError, match="line 1 was made by other settings or data"):
-            run(out, **changes)
-    with pytest.raises(ValueError, match="line 1 was made by other settings or data"):
-        run(out, task="captions_shuffled")
-    assert (tmp_path / "captions.jsonl.partial").read_bytes() == before
-    run(out, batch_size=2)  # decides nothing but speed
+    run(out, **other)
     assert len(lines(out)) == len(IMAGES)
+    assert len({(line["checkpoint"], line["settings"]) for line in lines(out)}) == 1
+    (aside,) = set(tmp_path.glob("captions.jsonl.partial.*"))
+    assert aside.read_bytes() == before
+    assert str(aside) in capsys.readouterr().err
+
+
+def test_another_batch_size_goes_on_with_the_same_file(run: Callable[..., StandIn], tmp_path: Path) -> None:
+    out = tmp_path / "captions.jsonl"
+    with pytest.raises(KilledError):
+        run(out, StandIn(dies_at=1))
+    run(out, batch_size=2)
+    assert len(lines(out)) == len(IMAGES)
+    assert not set(tmp_path.glob("captions.jsonl.partial*"))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +156,7 @@ def test_answers_of_another_checkpoint_or_other_settings_are_never_continued(
     [
         ("<html>", "line 1 is not a generated answer"),
         ("[]", "line 1 is not"),
-        ('{"id": 99}', "line 1 was made by another"),
+        ('{"id": 99}', "line 1 is not"),
     ],
     ids=["no-json", "no-object", "other-tool"],
 )

@@ -178,6 +178,29 @@ def test_answers_come_equally_often() -> None:
         assert set(counts.values()) == {5} and len(counts) == number, subject
 
 
+def _most_like_the_others(options: tuple[str, ...]) -> list[str]:
+    """The options that share most words with the rest, at their places."""
+    split = [option.split() for option in options]
+    shared = [sum(a == b for other in split for a, b in zip(words, other, strict=False)) for words in split]
+    return [option for option, count in zip(options, shared, strict=True) if count == max(shared)]
+
+
+def _with_their_inverse(options: tuple[str, ...]) -> list[str]:
+    return [option for option in options if scenes.INVERSE[option] in options]
+
+
+@pytest.mark.parametrize(
+    ("subject", "favoured"),
+    [("Objects", _most_like_the_others), ("Position", _with_their_inverse)],
+    ids=["objects-central-option", "position-paired-option"],
+)
+def test_options_alone_do_not_tell_the_answer(subject: str, favoured: Any) -> None:
+    rng = random.Random(5)
+    asked = datasets.questions(rng, subject, 600, set())
+    right = sum(rng.choice(favoured(one.options) or list(one.options)) == one.answer for one in asked)
+    assert 0.18 < right / len(asked) < 0.32  # a quarter, give or take four standard errors
+
+
 def test_conversations_with_two_pictures_reach_the_trainer_in_order(
     made: Path, tiny_language_dir: Path, tiny_vision_dir: Path
 ) -> None:

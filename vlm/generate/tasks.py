@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,8 +42,7 @@ def generate(config: Path, checkpoint: Path, task: str, source: Path, out: Path)
             `vlm score captions` and `vlm score mmmu` read.
 
     Raises:
-        ValueError: broken settings, data or checkpoint, or an unfinished `out` that another checkpoint or other
-            settings began.
+        ValueError: broken settings, data or checkpoint, or lines in `out` that are no answers.
     """
     if task not in TASKS:
         raise ValueError(f"--task: {task!r} does not exist, allowed are {', '.join(TASKS)}")
@@ -79,10 +79,11 @@ def partial_of(out: Path) -> Path:
 def take_up(out: Path, made_by: Record, ids: set[int | str]) -> dict[int | str, Record]:
     """Answers of an interrupted run by id; a line torn by the interruption is cut off its file.
 
-    Also a cut `out` is gone on with: it becomes the partial file.
+    Also a cut `out` is gone on with: it becomes the partial file. Answers that another checkpoint, other settings or
+    other data made are moved aside and nothing is taken up.
 
     Raises:
-        ValueError: a line that is broken elsewhere, or that another checkpoint, other settings or data made.
+        ValueError: a line that is broken elsewhere, or that answers no item.
     """
     partial = partial_of(out)
     path = partial if partial.exists() else out
@@ -94,16 +95,17 @@ def take_up(out: Path, made_by: Record, ids: set[int | str]) -> dict[int | str, 
         try:
             record = json.loads(line)
             name = record["id"]
+            there = {key: record[key] for key in IDENTITY}
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{path}: line {number} is not a generated answer; remove the file to start again"
             ) from None
         for key, meaning in IDENTITY.items():
-            if record.get(key) != made_by[key]:
-                raise ValueError(
-                    f"{path}: line {number} was made by {meaning} ({key} {record.get(key)}, now {made_by[key]}); "
-                    "remove the file to start again, or give another --out"
-                )
+            if there[key] != made_by[key]:
+                aside = path.with_name(f"{path.name}.{there['checkpoint']}-{there['settings']}")
+                path.rename(aside)
+                print(f"{path}: answers made by {meaning} were moved to {aside}", file=sys.stderr)
+                return {}
         if name not in ids or name in done:
             raise ValueError(
                 f"{path}: line {number} answers {name!r}, which is {'twice there' if name in done else 'no item'}"
