@@ -32,6 +32,8 @@ PARTS = ("language", "vision")
 EVALUATIONS = {"captions": CONFIG.evaluation.captions, "mmmu": CONFIG.evaluation.mmmu}
 SOURCES = {**CONFIG.data.sets, **EVALUATIONS}
 INTERVALS = ("save_interval", "log_interval")
+ON_THE_WAY = 5
+"""Priority of what training waits for; evaluation (0) fills the cores that are left."""
 SAMPLING = ("image_resize", "shuffle_buffer", "packing_buffer")
 CAPTION_SET = next(iter(CONFIG.stages[STAGES[0]].data))
 

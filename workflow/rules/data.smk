@@ -8,6 +8,7 @@ if CONFIG.miniature:
             "<logs>/data/tiny.log",
         benchmark:
             "<benchmarks>/data/tiny.tsv"
+        priority: ON_THE_WAY
         params:
             config=RESOLVED_CONFIG,
             out=subpath(source_folder(CAPTION_SET), parent=True),
@@ -51,6 +52,7 @@ for name in CONFIG.data.sets:
             f"<logs>/data/shard_{name}.log",
         benchmark:
             f"<benchmarks>/data/shard_{name}.tsv"
+        priority: ON_THE_WAY
         params:
             config=RESOLVED_CONFIG,
             name=name,
@@ -74,6 +76,7 @@ for name in CONFIG.data.sets:
             f"<logs>/data/index_{name}.log",
         benchmark:
             f"<benchmarks>/data/index_{name}.tsv"
+        priority: ON_THE_WAY
         params:
             shards=subpath(output[0], ancestor=2),
         message:

@@ -32,6 +32,7 @@ for part in PARTS:
             f"<logs>/convert/{part}.log",
         benchmark:
             f"<benchmarks>/convert/{part}.tsv"
+        priority: ON_THE_WAY
         params:
             part=part,
         message:
@@ -50,6 +51,7 @@ rule combine:
         "<logs>/convert/combined.log",
     benchmark:
         "<benchmarks>/convert/combined.tsv"
+    priority: ON_THE_WAY
     params:
         config=RESOLVED_CONFIG,
         settings=settings(
@@ -78,6 +80,7 @@ rule verify:
         "<logs>/convert/verified.log",
     benchmark:
         "<benchmarks>/convert/verified.tsv"
+    priority: ON_THE_WAY
     message:
         "Comparing the combined checkpoint with transformers"
     shell:

@@ -2,6 +2,8 @@
 # Checkpoints and metrics are no outputs, so that a stopped training goes on. A trainer outlives a snakemake that is
 # killed, so the next one waits for it: the lock is the kernel's, held until the trainer ends, however it ends. The log is
 # also shown, for its progress bar.
+# One thread: at the miniature's size a second one saves a tenth of the time, and costs far more where the core is busy;
+# generating and scoring run beside it.
 rule train:
     input:
         stage_inputs,
@@ -11,7 +13,8 @@ rule train:
         "<logs>/train/{stage}.log",
     benchmark:
         "<benchmarks>/train/{stage}.tsv"
-    threads: 2
+    priority: 2 * ON_THE_WAY
+    threads: 1
     params:
         launcher=launcher(),
         config=RESOLVED_CONFIG,
