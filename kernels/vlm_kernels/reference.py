@@ -8,12 +8,14 @@ D hidden, F projector hidden, V vocabulary on this rank, R rows that may be trai
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Group = Any  # torch.distributed.ProcessGroup, absent from builds without distributed
 
@@ -27,6 +29,7 @@ def attention(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     softmax_scale: float | None = None,
+    key_ranges: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T) v per head, query head h reading key/value head h * G // H (grouped-query attention).
 
@@ -35,8 +38,10 @@ def attention(
         k, v: [S', B, G, K], or [T, G, K]; H is a multiple of G. `causal` needs S' = S.
         causal: query i of a sequence sees its keys 0..i only.
         cu_seqlens: int32 [n + 1] from 0 to T; tokens attend within [cu_seqlens[i], cu_seqlens[i + 1]) only.
-        max_seqlen: upper bound on the segments' lengths; not needed here.
-        softmax_scale: default K ** -0.5.
+        max_seqlen: upper bound on the segments' lengths; only checked.
+        softmax_scale: positive, default K ** -0.5.
+        key_ranges: int32 [B, 2], without `causal` and `cu_seqlens`: sample b sees keys key_ranges[b, 0] up to, not
+            including, key_ranges[b, 1], as in a cache of prompts of unequal lengths. An empty range gives 0.
 
     Returns:
         The shape of q.
@@ -44,12 +49,11 @@ def attention(
     Raises:
         ValueError: naming the argument and its shape.
     """
-    _check_attention(q, k, v, causal, packed=cu_seqlens is not None)
+    check_attention(q, k, v, causal, cu_seqlens, max_seqlen, softmax_scale, key_ranges)
     if cu_seqlens is None:
-        return _batched((x.permute(1, 2, 0, 3) for x in (q, k, v)), causal, softmax_scale).permute(2, 0, 1, 3)
+        heads = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+        return _batched(heads, causal, softmax_scale, key_ranges).permute(2, 0, 1, 3)
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-    if sum(lengths) != q.shape[0]:
-        raise ValueError(f"cu_seqlens: its segments hold {sum(lengths)} tokens, q has {q.shape[0]}")
     # One call per segment: on a CPU core it beats padding similar segments into one call (12 segments of about 85
     # tokens, H=4, K=32, forward and backward: 3.4 ms against 6.5 ms).
     segments = zip(*(x.unsqueeze(0).transpose(1, 2).split(lengths, dim=2) for x in (q, k, v)), strict=True)
@@ -57,28 +61,99 @@ def attention(
     return torch.cat(out, dim=2).squeeze(0).transpose(0, 1)
 
 
-def _batched(heads: Iterable[Tensor], causal: bool, scale: float | None) -> Tensor:
+def _batched(heads: Iterable[Tensor], causal: bool, scale: float | None, ranges: Tensor | None = None) -> Tensor:
     """PyTorch's attention of q, k, v [B, H, S, K]."""
     q, k, v = heads
-    return functional.scaled_dot_product_attention(
-        q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    mask = None
+    if ranges is not None:
+        index = torch.arange(k.shape[2], device=k.device)
+        mask = ((index >= ranges[:, :1]) & (index < ranges[:, 1:]))[:, None, None]  # [B, 1, 1, S']
+    out = functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
+    return out if mask is None else out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
 
 
-def _check_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, packed: bool) -> None:
-    dims = 3 if packed else 4
-    layout = "[T, H, K] with cu_seqlens" if packed else "[S, B, H, K]"
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    softmax_scale: float | None,
+    key_ranges: Tensor | None,
+) -> None:
+    """ValueError, naming the argument and what was received, for what neither twin nor kernel can compute."""
+    dims = 3 if cu_seqlens is not None else 4
+    layout = "[T, H, K] with cu_seqlens" if cu_seqlens is not None else "[S, B, H, K]"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != dims:
             raise ValueError(f"{name}: expected {layout}, received {tuple(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name}: {x.dtype} on {x.device} differs from q, {q.dtype} on {q.device}")
     if k.shape != v.shape:
         raise ValueError(f"v: shape {tuple(v.shape)} differs from k {tuple(k.shape)}")
-    if q.shape[-1] != k.shape[-1] or q.shape[-2] % k.shape[-2]:
+    if q.shape[-1] != k.shape[-1] or k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(
             f"k: {tuple(k.shape)} must have the head dim of q {tuple(q.shape)} and a number of heads that divides its"
         )
-    if q.shape[1:-2] != k.shape[1:-2] or ((causal or packed) and q.shape[0] != k.shape[0]):
+    if q.shape[1:-2] != k.shape[1:-2] or ((causal or cu_seqlens is not None) and q.shape[0] != k.shape[0]):
         raise ValueError(f"k: {tuple(k.shape)} does not match the tokens of q {tuple(q.shape)}")
+    if k.shape[0] == 0 < q.shape[0]:
+        raise ValueError(f"k: no keys for the queries {tuple(q.shape)}, received {tuple(k.shape)}")
+    if softmax_scale is not None and not 0.0 < softmax_scale < float("inf"):
+        raise ValueError(f"softmax_scale: must be positive and finite, received {softmax_scale}")
+    if cu_seqlens is not None:
+        _check_integers("cu_seqlens", cu_seqlens, q, cu_seqlens.dim() == 1 and len(cu_seqlens) > 1, "[n + 1]")
+        _check_borders(cu_seqlens, q.shape[0], max_seqlen)
+    if key_ranges is not None:
+        if causal or cu_seqlens is not None:
+            raise ValueError("key_ranges: cannot be combined with causal or cu_seqlens")
+        _check_integers("key_ranges", key_ranges, q, key_ranges.shape == (q.shape[1], 2), f"[{q.shape[1]}, 2]")
+        _check_ranges(key_ranges, k.shape[0])
+
+
+# What was already read from the device, by tensor: every layer of a step passes the same borders.
+_seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _values(x: Tensor) -> list[Any]:
+    """The tensor's values, waiting for its device once per tensor and in-place change."""
+    known = _seen.get(x)
+    if known is None or known[0] != x._version:
+        known = _seen[x] = (x._version, x.tolist())
+    return known[1]
+
+
+def _check_integers(name: str, x: Tensor, q: Tensor, fits: bool, shape: str) -> None:
+    if x.dtype != torch.int32 or x.device != q.device or not fits or not x.is_contiguous():
+        raise ValueError(
+            f"{name}: expected contiguous int32 {shape} on {q.device}, received {x.dtype} {tuple(x.shape)} on {x.device}"
+        )
+
+
+def _check_borders(cu_seqlens: Tensor, num_tokens: int, max_seqlen: int | None) -> None:
+    borders = _values(cu_seqlens)
+    lengths = [b - a for a, b in itertools.pairwise(borders)]
+    if borders[0] != 0:
+        raise ValueError(f"cu_seqlens: must start at 0, received {_short(borders)}")
+    if borders[-1] != num_tokens:
+        raise ValueError(f"cu_seqlens: its segments hold {borders[-1]} tokens, q has {num_tokens}")
+    if min(lengths) < 0:
+        raise ValueError(f"cu_seqlens: must not decrease, received {_short(borders)}")
+    if max_seqlen is not None and max(lengths) > max_seqlen:
+        raise ValueError(f"max_seqlen: received {max_seqlen}, the longest segment of cu_seqlens has {max(lengths)}")
+
+
+def _check_ranges(key_ranges: Tensor, num_keys: int) -> None:
+    for sample, (low, high) in enumerate(_values(key_ranges)):
+        if not 0 <= low <= high <= num_keys:
+            raise ValueError(f"key_ranges: sample {sample} has [{low}, {high}), which is not within {num_keys} keys")
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 16 else f"{values[:8]} .. {values[-8:]}"
 
 
 def project_image_tokens(

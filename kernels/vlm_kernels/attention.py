@@ -1,0 +1,328 @@
+# mypy: allow-untyped-defs
+# (the arguments of a Triton kernel have no Python types)
+"""Fused attention for training and decoding, so that no [S, S] matrix and no transposed copy ever reaches memory.
+
+Per head, with log2 statistics (c = softmax_scale * log2 e, query head h reading key/value head g = h // (H / G)):
+
+    s_ij = c q_i . k_j        L_i = log2 sum_j 2^s_ij        p_ij = 2^(s_ij - L_i)        o_i = sum_j p_ij v_j
+
+over the live pairs: j <= i within a segment if causal, all j of the segment if not. Keys are walked in tiles with a
+running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135). Backwards, for the
+upstream gradient w and delta_i = o_i . w_i,
+
+    dv_j = sum_i p_ij w_i     t_ij = p_ij (w_i . v_j - delta_i)     dq_i = scale sum_j t_ij k_j     dk_j = scale sum_i t_ij q_i
+
+where the sums over i of dv and dk run through all H / G query heads of the group.
+
+Memory, in elements per sequence: forward reads q once and k, v once per query tile (mostly from L2) and writes o
+(S H K) and L (S H, fp32). Saved for backward: q, k, v, o, L. Backward is two kernels and no atomics, so a gradient has
+the same bits every time: one owns query tiles (dq and delta), one owns key tiles (dk, dv). That is seven matrix products
+per pair of tiles instead of the five of a backward pass that adds dq up in memory.
+
+Shapes: B batch, S sequence, T packed tokens, H query heads, G key/value heads, K head dim, M query tile, N key tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlm_kernels import reference
+
+INTERPRETED = triton.knobs.runtime.interpret  # as the decorators below read it
+HEAD_DIMS = (64, 128)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LOG2_E = 1.4426950408889634
+SEGMENTS_AT_ONCE = tl.constexpr(64)  # borders read per step of the tile's search for its segment
+
+
+class Tiles(NamedTuple):
+    """Query rows M and keys N of a tile, and how it is run."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+FORWARD = {
+    (64, False): Tiles(128, 64, 4, 3),
+    (128, False): Tiles(128, 128, 8, 2),
+    (64, True): Tiles(64, 32, 8, 1),
+    (128, True): Tiles(32, 32, 8, 1),
+}
+
+
+@triton.jit
+def _segment_of(tile, cu_ptr, num_segments, BLOCK: tl.constexpr):
+    """Start and length of the segment that `tile` lies in, and the tile's number there; length 0 beyond the last tile.
+
+    Segment s has ceil(length / BLOCK) tiles. Each program counts the segments that end before its tile, from the borders
+    alone: no host synchronisation, no table, and a grid of T // BLOCK + n programs covers every case.
+    """
+    segment = 0
+    first = 0  # the segment's first tile
+    total = 0
+    for low in tl.range(0, num_segments, SEGMENTS_AT_ONCE):
+        index = low + tl.arange(0, SEGMENTS_AT_ONCE)
+        inside = index < num_segments
+        begin = tl.load(cu_ptr + index, mask=inside, other=0)
+        end = tl.load(cu_ptr + index + 1, mask=inside, other=0)
+        tiles = (end - begin + BLOCK - 1) // BLOCK
+        ends = total + tl.cumsum(tiles, 0)
+        passed = inside & (ends <= tile)
+        segment += tl.sum(passed.to(tl.int32), 0)
+        first = tl.maximum(first, tl.max(tl.where(passed, ends, 0), 0))
+        total += tl.sum(tiles, 0)
+    alive = segment < num_segments
+    start = tl.load(cu_ptr + segment, mask=alive, other=0)
+    end = tl.load(cu_ptr + segment + 1, mask=alive, other=0)
+    return start, end - start, tile - first
+
+
+@triton.jit
+def _place(
+    num_tiles, cu_ptr, ranges_ptr, num_batches, num_heads, q_len, k_len,
+    BLOCK: tl.constexpr, HEADS_FIRST: tl.constexpr, PACKED: tl.constexpr, RANGED: tl.constexpr,
+):  # fmt: skip
+    """This program's head, batch and tile, and where the queries and keys of its sequence start and how many they are.
+
+    HEADS_FIRST gives neighbouring programs the same tile of all heads, which lets the caller order tiles by their work;
+    otherwise neighbours share a head's keys.
+    """
+    program = tl.program_id(0)
+    if HEADS_FIRST:
+        head = program % num_heads
+        tile = program // num_heads
+        batch = tile * 0
+        if not PACKED:
+            batch = tile % num_batches
+            tile = tile // num_batches
+    else:
+        tile = program % num_tiles
+        head = program // num_tiles % num_heads
+        batch = program // num_tiles // num_heads
+    q_start = tl.cast(0, tl.int64)
+    k_start = tl.cast(0, tl.int64)
+    if PACKED:
+        start, q_len, tile = _segment_of(tile, cu_ptr, num_batches, BLOCK)
+        q_start = start.to(tl.int64)
+        k_start = q_start
+        k_len = q_len
+    if RANGED:
+        k_begin = tl.load(ranges_ptr + 2 * batch)
+        k_len = tl.load(ranges_ptr + 2 * batch + 1) - k_begin
+        k_start = k_begin.to(tl.int64)
+    return head, batch, tile, q_start, q_len, k_start, k_len
+
+
+@triton.jit
+def _forward_tiles(
+    acc, top, total, q, k_ptrs, v_ptrs, stride_kt, stride_vt, row, low, high, k_len, scale,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add the key tiles of [low, high) to acc [M, K], running maximum `top` and sum `total` [M]."""
+    for n in tl.range(low, high, BLOCK_N):
+        column = n + tl.arange(0, BLOCK_N)
+        if MASKED:
+            k = tl.load(k_ptrs, mask=(column < k_len)[:, None], other=0.0)
+        else:
+            k = tl.load(k_ptrs)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if MASKED:
+            live = (column < k_len)[None, :]
+            if CAUSAL:
+                live = live & (column[None, :] <= row[:, None])
+            s = tl.where(live, s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - new_top[:, None])  # one fused multiply-add per score, because scale > 0
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        if MASKED:
+            v = tl.load(v_ptrs, mask=(column < k_len)[:, None], other=0.0)
+        else:
+            v = tl.load(v_ptrs)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        top = new_top
+        k_ptrs += BLOCK_N * stride_kt
+        v_ptrs += BLOCK_N * stride_vt
+    return acc, top, total, k_ptrs, v_ptrs
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_batches", "q_len", "k_len", "num_rows"])
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr,  # [S, B, H, K], [S', B, G, K] twice, [S, B, H, K], or packed without B
+    lse_ptr,  # [B, H, num_rows] fp32
+    cu_ptr, ranges_ptr,  # [n + 1] int32, [B, 2] int32
+    stride_qt, stride_qb, stride_qh, stride_kt, stride_kb, stride_kh,
+    stride_vt, stride_vb, stride_vh, stride_ot, stride_ob, stride_oh,
+    num_tiles, num_batches, num_heads, heads_per_group, q_len, k_len, num_rows, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, RANGED: tl.constexpr,
+):  # fmt: skip
+    head, batch, tile, q_start, q_len, k_start, k_len = _place(
+        num_tiles, cu_ptr, ranges_ptr, num_batches, num_heads, q_len, k_len, BLOCK_M, CAUSAL, PACKED, RANGED
+    )
+    if tile * BLOCK_M >= q_len:
+        return
+    if CAUSAL:  # the last queries see the most keys: longest work first
+        tile = tl.cdiv(q_len, BLOCK_M) - 1 - tile
+    first_row = tile * BLOCK_M
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, HEAD_DIM)
+    row = first_row + m
+    group = (head // heads_per_group).to(tl.int64)
+    q_ptr += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + (q_start + first_row) * stride_qt
+    k_ptr += batch.to(tl.int64) * stride_kb + group * stride_kh + k_start * stride_kt
+    v_ptr += batch.to(tl.int64) * stride_vb + group * stride_vh + k_start * stride_vt
+    q = tl.load(q_ptr + m[:, None] * stride_qt + d[None, :], mask=(row < q_len)[:, None], other=0.0)
+    k_ptrs = k_ptr + n[:, None] * stride_kt + d[None, :]
+    v_ptrs = v_ptr + n[:, None] * stride_vt + d[None, :]
+
+    if CAUSAL:
+        whole = first_row // BLOCK_N * BLOCK_N  # keys up to here are seen by every query of the tile
+        high = tl.minimum(first_row + BLOCK_M, k_len)
+    else:
+        whole = k_len // BLOCK_N * BLOCK_N
+        high = k_len
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc, top, total, k_ptrs, v_ptrs = _forward_tiles(
+        acc, top, total, q, k_ptrs, v_ptrs, stride_kt, stride_vt, row, 0, whole, k_len, scale, BLOCK_N, CAUSAL, False
+    )
+    acc, top, total, k_ptrs, v_ptrs = _forward_tiles(
+        acc, top, total, q, k_ptrs, v_ptrs, stride_kt, stride_vt, row, whole, high, k_len, scale, BLOCK_N, CAUSAL, True
+    )
+    # A sample whose key range is empty has total 0: its output is 0, and L = inf makes every p zero in backward.
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    lse = tl.where(total == 0.0, float("inf"), top + tl.log2(total))
+    out_ptr += batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + (q_start + first_row) * stride_ot
+    tl.store(
+        out_ptr + m[:, None] * stride_ot + d[None, :], out.to(out_ptr.dtype.element_ty), mask=(row < q_len)[:, None]
+    )
+    lse_ptr += (batch * num_heads + head).to(tl.int64) * num_rows + q_start
+    tl.store(lse_ptr + row, lse, mask=row < q_len)
+
+
+class _Attention(torch.autograd.Function):
+    """The kernels as one differentiable operation; its caller has checked the arguments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, borders: Tensor | None, ranges: Tensor | None, c: float
+    ) -> Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty((*q.shape[1:-1], q.shape[0]), dtype=torch.float32, device=q.device)  # [B, H, S] or [H, T]
+        tiles = FORWARD[q.shape[-1], q.dtype == torch.float32]
+        grid, arguments = _geometry(q, k, borders, ranges, causal, tiles, by_query=True)
+        _forward_kernel[grid](
+            q, k, v, out, lse, **arguments, **_strides(q=q, k=k, v=v, o=out), scale=c * LOG2_E
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, out, lse, borders, ranges)
+        ctx.causal, ctx.softmax_scale = causal, c
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError
+
+
+def _geometry(
+    q: Tensor, k: Tensor, borders: Tensor | None, ranges: Tensor | None, causal: bool, tiles: Tiles, by_query: bool
+) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid of a kernel whose programs own query tiles (or key tiles), and what says where they lie."""
+    owner, block = (q, tiles.block_m) if by_query else (k, tiles.block_n)
+    packed = borders is not None
+    # Each segment wastes less than one tile, so T // block + n tiles hold them all; programs beyond the last one leave.
+    num_batches = len(borders) - 1 if borders is not None else q.shape[1]
+    num_tiles = owner.shape[0] // block + num_batches if packed else triton.cdiv(owner.shape[0], block)
+    arguments = {
+        "cu_ptr": borders,
+        "ranges_ptr": ranges,
+        "num_tiles": num_tiles,
+        "num_batches": num_batches,
+        "num_heads": owner.shape[-2],
+        "heads_per_group": q.shape[-2] // k.shape[-2],
+        "q_len": q.shape[0],
+        "k_len": k.shape[0],
+        "num_rows": q.shape[0],
+        "HEAD_DIM": q.shape[-1],
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "CAUSAL": causal,
+        "PACKED": packed,
+        "RANGED": ranges is not None,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+    return (num_tiles * owner.shape[-2] * (1 if packed else num_batches),), arguments
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """stride_qt, stride_qb, stride_qh of q, and so on; the head dim's is 1, a packed tensor's batch stride 0."""
+    strides = {}
+    for name, x in tensors.items():
+        strides[f"stride_{name}t"] = x.stride(0)
+        strides[f"stride_{name}b"] = x.stride(1) if x.dim() == 4 else 0
+        strides[f"stride_{name}h"] = x.stride(-2)
+    return strides
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    softmax_scale: float | None = None,
+    key_ranges: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T) v per head, query head h reading key/value head h * G // H (grouped-query attention).
+
+    On a CPU this is `reference.attention`, unless triton was imported with TRITON_INTERPRET=1.
+
+    Args:
+        q: [S, B, H, K], or packed [T, H, K] with `cu_seqlens`; K is 64 or 128. Any strides but the last, which is 1:
+            slices of a fused [S, B, G, (H / G + 2) * K] projection are read where they lie.
+        k, v: [S', B, G, K], or [T, G, K]; H is a multiple of G. `causal` needs S' = S.
+        causal: query i of a sequence sees its keys 0..i only.
+        cu_seqlens: int32 [n + 1] from 0 to T; tokens attend within [cu_seqlens[i], cu_seqlens[i + 1]) only. Its values
+            are looked at once per tensor, which on a GPU waits for the device; later calls with it do not.
+        max_seqlen: upper bound on the segments' lengths; only checked, the kernels do not need it.
+        softmax_scale: positive, default K ** -0.5.
+        key_ranges: int32 [B, 2], without `causal` and `cu_seqlens`: sample b sees keys key_ranges[b, 0] up to, not
+            including, key_ranges[b, 1], as in a cache of prompts of unequal lengths. An empty range gives 0. Looked at
+            like `cu_seqlens`.
+
+    Returns:
+        The shape of q, contiguous.
+
+    Raises:
+        ValueError: naming the argument and what was received.
+    """
+    reference.check_attention(q, k, v, causal, cu_seqlens, max_seqlen, softmax_scale, key_ranges)
+    if q.device.type == "cpu" and not INTERPRETED:
+        return reference.attention(
+            q, k, v, causal=causal, cu_seqlens=cu_seqlens, softmax_scale=softmax_scale, key_ranges=key_ranges
+        )
+    if q.shape[-1] not in HEAD_DIMS:
+        raise ValueError(f"q: head dim must be one of {HEAD_DIMS}, received {q.shape[-1]} in {tuple(q.shape)}")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q: dtype must be one of {DTYPES}, received {q.dtype}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(-1) != 1:
+            raise ValueError(f"{name}: the last dimension must be contiguous, received strides {x.stride()}")
+    if q.numel() == 0:
+        return torch.zeros_like(q)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    with torch.cuda.device_of(q):
+        return _Attention.apply(q, k, v, causal, cu_seqlens, key_ranges, scale)

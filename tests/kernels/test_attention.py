@@ -1,0 +1,161 @@
+"""The attention kernels, in Triton's interpreter, against attention written out in fp64.
+
+Outputs and gradients (of a random upstream gradient) may be twice as far from the fp64 result as the same formula
+evaluated in the tensors' own type, plus two units in the last place of the largest value. Most cases are fp32, where
+that is tight enough for any wrong index to show; bf16 and fp16 have tile sizes of their own.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vlm_kernels import attention as attention_module
+from vlm_kernels.attention import attention
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def written_out(live, scale=None):
+    """Attention over the pairs that are True in live [B or 1, S, S'], for q [S, B, H, K] or packed [T, H, K]."""
+
+    def run(q, k, v):
+        packed = q.dim() == 3
+        q, k, v = (x.unsqueeze(1) if packed else x for x in (q, k, v))
+        q = q.unflatten(2, (k.shape[2], -1))  # [S, B, G, H / G, K]
+        scores = torch.einsum("sbghk,tbgk->bghst", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        weights = scores.masked_fill(~live[:, None, None], -torch.inf).softmax(-1)
+        weights = weights.masked_fill(~live.any(-1)[:, None, None, :, None], 0.0)  # softmax of nothing is nan
+        out = torch.einsum("bghst,tbgk->sbghk", weights, v).flatten(2, 3)
+        return out.squeeze(1) if packed else out
+
+    return run
+
+
+def live_pairs(lengths, causal):
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    live = segment[:, None] == segment
+    return (live.tril() if causal else live)[None]
+
+
+def compare(function, oracle, inputs, seed=9):
+    """Outputs and gradients of `function` against `oracle` in fp64, and `oracle` in the inputs' own type."""
+
+    def run(call, dtype):
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+        out = call(*leaves)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(inputs[0].dtype)
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+
+    got, exact, eager = run(function, None), run(oracle, torch.float64), run(oracle, None)
+    for name, mine, truth, plain in zip(("out", "dq", "dk", "dv"), got, exact, eager, strict=False):
+        assert mine.shape == truth.shape
+        assert mine.dtype == plain.dtype
+        ulps = 2 * torch.finfo(mine.dtype).eps * truth.abs().max().item()
+        bound = 2 * (plain - truth).abs().max().item() + ulps
+        error = (mine - truth).abs().max().item()
+        assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"
+
+
+def borders_of(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("length", "batch", "heads", "groups", "head_dim", "causal", "dtype"),
+    [
+        pytest.param(577, 1, 1, 1, 64, False, FP32, id="clip-577=9x64+1:one-row-and-one-key-in-the-last-tiles"),
+        pytest.param(200, 2, 4, 1, 128, True, FP32, id="mistral-gqa-4:two-samples"),
+        pytest.param(65, 1, 8, 1, 64, True, FP32, id="one-kv-head-for-8:ragged-by-one"),
+        pytest.param(128, 2, 3, 3, 64, True, FP32, id="no-gqa:whole-tiles-only"),
+        pytest.param(1, 2, 4, 2, 128, True, FP32, id="one-token"),
+        pytest.param(50, 1, 4, 2, 128, False, FP32, id="full-gqa:fewer-keys-than-a-tile"),
+        pytest.param(300, 1, 2, 1, 128, True, BF16, id="bf16-tiles-of-128"),
+        pytest.param(300, 1, 2, 1, 128, False, FP16, id="fp16-tiles-of-128"),
+        pytest.param(300, 1, 2, 2, 64, True, FP16, id="fp16-tiles-of-64"),
+        pytest.param(300, 1, 2, 2, 64, False, BF16, id="bf16-tiles-of-64"),
+    ],
+)
+def test_megatron_layout(length, batch, heads, groups, head_dim, causal, dtype):
+    inputs = [random(length, batch, n, head_dim, dtype=dtype, seed=i) for i, n in enumerate((heads, groups, groups))]
+    compare(
+        lambda q, k, v: attention(q, k, v, causal=causal), written_out(live_pairs([length], causal)), inputs
+    )
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(
+    ("lengths", "heads", "groups", "head_dim", "dtype"),
+    [
+        pytest.param([64, 33, 1, 0, 70], 2, 1, 64, FP32, id="whole-tiles,ragged,one-token,empty"),
+        pytest.param([3] * 40 + [35] + [2] * 39, 1, 1, 64, FP32, id="more-segments-than-are-read-at-once"),
+        pytest.param([31, 97], 4, 2, 128, FP32, id="gqa-128"),
+        pytest.param([100, 1, 140], 2, 1, 128, BF16, id="bf16-segments-around-a-tile"),
+    ],
+)
+def test_packed(lengths, heads, groups, head_dim, dtype, causal):
+    borders, tokens = borders_of(lengths), sum(lengths)
+    inputs = [random(tokens, n, head_dim, dtype=dtype, seed=i) for i, n in enumerate((heads, groups, groups))]
+    compare(
+        lambda q, k, v: attention(q, k, v, causal=causal, cu_seqlens=borders, max_seqlen=max(lengths)),
+        written_out(live_pairs(lengths, causal)),
+        inputs,
+    )
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("packed", [False, True], ids=["sbhk", "packed"])
+def test_slices_of_a_fused_projection_are_read_in_place(packed):
+    """q, k, v as views of [S, B, G, H / G + 2, K], with a scale of its own and an upstream gradient that is a view."""
+    groups, per_group, head_dim = 2, 2, 64
+    shape = (70,) if packed else (35, 2)
+    fused = random(*shape, groups, per_group + 2, head_dim)
+    borders = borders_of([30, 40])
+
+    def split(x):
+        q = x[..., :per_group, :].flatten(-3, -2)
+        return q, x[..., per_group, :], x[..., per_group + 1, :]
+
+    def mine(x):
+        q, k, v = split(x)
+        assert k.data_ptr() != x.data_ptr() and not k.is_contiguous()
+        options = {"cu_seqlens": borders} if packed else {}
+        return attention(q, k, v, causal=True, softmax_scale=0.3, **options).transpose(-1, -2)
+
+    oracle = written_out(live_pairs([30, 40] if packed else [35], True), 0.3)
+    compare(mine, lambda x: oracle(*split(x)).transpose(-1, -2), [fused])
+
+
+@pytest.mark.interpreted
+def test_queries_and_keys_differ_in_number_and_keys_have_ranges():
+    """Ranges that leave the end, the beginning and everything away; without ranges, S' = 90 keys for S = 40 queries."""
+    inputs = [random(40, 3, 4, 64), random(90, 3, 2, 64, seed=1), random(90, 3, 2, 64, seed=2)]
+    compare(lambda q, k, v: attention(q, k, v, causal=False), written_out(torch.ones(1, 40, 90).bool()), inputs)
+    ranges = torch.tensor([[0, 41], [17, 90], [5, 5]], dtype=torch.int32)
+    index = torch.arange(90)
+    live = ((index >= ranges[:, :1]) & (index < ranges[:, 1:]))[:, None].expand(3, 40, 90)
+    compare(lambda q, k, v: attention(q, k, v, causal=False, key_ranges=ranges), written_out(live), inputs)
+
+
+@pytest.mark.interpreted
+def test_large_scores_neither_overflow_nor_lose_the_maximum():
+    inputs = [random(80, 1, 1, 64) * 40, random(80, 1, 1, 64, seed=1) * 40, random(80, 1, 1, 64, seed=2)]
+    compare(lambda q, k, v: attention(q, k, v, causal=True), written_out(live_pairs([80], True)), inputs)
+
+
+@pytest.mark.interpreted
+def test_segments_do_not_see_their_neighbours_nan():
+    """A masked tile must not multiply what lies behind its segment: 0 * nan is nan."""
+    q, k, v = (random(90, 1, 64, seed=i) for i in range(3))
+    clean = attention(q, k, v, causal=False, cu_seqlens=borders_of([50, 40]))
+    for x in (q, k, v):
+        x[50:] = torch.nan
+    assert torch.equal(attention(q, k, v, causal=False, cu_seqlens=borders_of([50, 40]))[:50], clean[:50])
