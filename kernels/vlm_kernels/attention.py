@@ -55,6 +55,18 @@ FORWARD = {
     (64, True): Tiles(64, 32, 8, 1),
     (128, True): Tiles(32, 32, 8, 1),
 }
+QUERY_GRADIENT = {
+    (64, False): Tiles(128, 64, 8, 2),
+    (128, False): Tiles(128, 64, 8, 2),
+    (64, True): Tiles(32, 32, 8, 1),
+    (128, True): Tiles(32, 32, 8, 1),
+}
+KEY_GRADIENT = {
+    (64, False): Tiles(64, 128, 8, 2),
+    (128, False): Tiles(64, 128, 8, 2),
+    (64, True): Tiles(32, 32, 8, 1),
+    (128, True): Tiles(32, 32, 8, 1),
+}
 
 
 @triton.jit
@@ -205,10 +217,188 @@ def _forward_kernel(
     lse = tl.where(total == 0.0, float("inf"), top + tl.log2(total))
     out_ptr += batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + (q_start + first_row) * stride_ot
     tl.store(
-        out_ptr + m[:, None] * stride_ot + d[None, :], out.to(out_ptr.dtype.element_ty), mask=(row < q_len)[:, None]
+        out_ptr + m[:, None] * stride_ot + d[None, :], out, mask=(row < q_len)[:, None]
     )
     lse_ptr += (batch * num_heads + head).to(tl.int64) * num_rows + q_start
     tl.store(lse_ptr + row, lse, mask=row < q_len)
+
+
+@triton.jit
+def _query_gradient_tiles(
+    dq, q, w, lse, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, row, low, high, k_len, scale,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add sum_j t_ij k_j over the key tiles of [low, high) to dq [M, K]."""
+    for n in tl.range(low, high, BLOCK_N):
+        column = n + tl.arange(0, BLOCK_N)
+        if MASKED:
+            k = tl.load(k_ptrs, mask=(column < k_len)[:, None], other=0.0)
+            v = tl.load(v_ptrs, mask=(column < k_len)[:, None], other=0.0)
+        else:
+            k = tl.load(k_ptrs)
+            v = tl.load(v_ptrs)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        p = tl.exp2(s * scale - lse[:, None])
+        if MASKED:
+            live = (column < k_len)[None, :]
+            if CAUSAL:
+                live = live & (column[None, :] <= row[:, None])
+            p = tl.where(live, p, 0.0)
+        dp = tl.dot(w, tl.trans(v), input_precision="ieee")
+        t = p * (dp - delta[:, None])
+        dq = tl.dot(t.to(k.dtype), k, dq, input_precision="ieee")
+        k_ptrs += BLOCK_N * stride_kt
+        v_ptrs += BLOCK_N * stride_vt
+    return dq, k_ptrs, v_ptrs
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_batches", "q_len", "k_len", "num_rows"])
+def _query_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, w_ptr,  # w is the upstream gradient, shaped like out
+    lse_ptr, delta_ptr,  # [B, H, num_rows] fp32; delta is written
+    dq_ptr,
+    cu_ptr, ranges_ptr,
+    stride_qt, stride_qb, stride_qh, stride_kt, stride_kb, stride_kh, stride_vt, stride_vb, stride_vh,
+    stride_ot, stride_ob, stride_oh, stride_wt, stride_wb, stride_wh, stride_dqt, stride_dqb, stride_dqh,
+    num_tiles, num_batches, num_heads, heads_per_group, q_len, k_len, num_rows, scale, softmax_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, RANGED: tl.constexpr,
+):  # fmt: skip
+    head, batch, tile, q_start, q_len, k_start, k_len = _place(
+        num_tiles, cu_ptr, ranges_ptr, num_batches, num_heads, q_len, k_len, BLOCK_M, CAUSAL, PACKED, RANGED
+    )
+    if tile * BLOCK_M >= q_len:
+        return
+    if CAUSAL:
+        tile = tl.cdiv(q_len, BLOCK_M) - 1 - tile
+    first_row = tile * BLOCK_M
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, HEAD_DIM)
+    row = first_row + m
+    alive = row < q_len
+    group = (head // heads_per_group).to(tl.int64)
+    position = q_start + first_row
+    batch_64 = batch.to(tl.int64)
+    head_64 = head.to(tl.int64)
+    q_ptr += batch_64 * stride_qb + head_64 * stride_qh + position * stride_qt
+    out_ptr += batch_64 * stride_ob + head_64 * stride_oh + position * stride_ot
+    w_ptr += batch_64 * stride_wb + head_64 * stride_wh + position * stride_wt
+    dq_ptr += batch_64 * stride_dqb + head_64 * stride_dqh + position * stride_dqt
+    k_ptrs = k_ptr + batch_64 * stride_kb + group * stride_kh + k_start * stride_kt + n[:, None] * stride_kt + d[None, :]
+    v_ptrs = v_ptr + batch_64 * stride_vb + group * stride_vh + k_start * stride_vt + n[:, None] * stride_vt + d[None, :]
+    statistics = (batch * num_heads + head).to(tl.int64) * num_rows + q_start
+
+    w = tl.load(w_ptr + m[:, None] * stride_wt + d[None, :], mask=alive[:, None], other=0.0)
+    out = tl.load(out_ptr + m[:, None] * stride_ot + d[None, :], mask=alive[:, None], other=0.0)
+    delta = tl.sum(out.to(tl.float32) * w.to(tl.float32), 1)
+    tl.store(delta_ptr + statistics + row, delta, mask=alive)
+    q = tl.load(q_ptr + m[:, None] * stride_qt + d[None, :], mask=alive[:, None], other=0.0)
+    lse = tl.load(lse_ptr + statistics + row, mask=alive, other=float("inf"))
+
+    if CAUSAL:
+        whole = first_row // BLOCK_N * BLOCK_N
+        high = tl.minimum(first_row + BLOCK_M, k_len)
+    else:
+        whole = k_len // BLOCK_N * BLOCK_N
+        high = k_len
+    dq = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    dq, k_ptrs, v_ptrs = _query_gradient_tiles(
+        dq, q, w, lse, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, row, 0, whole, k_len, scale, BLOCK_N, CAUSAL, False
+    )
+    dq, k_ptrs, v_ptrs = _query_gradient_tiles(
+        dq, q, w, lse, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, row, whole, high, k_len, scale, BLOCK_N, CAUSAL, True
+    )
+    tl.store(dq_ptr + m[:, None] * stride_dqt + d[None, :], dq * softmax_scale, mask=alive[:, None])
+
+
+@triton.jit
+def _key_gradient_tiles(
+    dk, dv, k, v, q_ptr, w_ptr, lse_ptr, delta_ptr, stride_qt, stride_wt, column, low, high, q_len, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """Add sum_i t_ij q_i and sum_i p_ij w_i over the query tiles of [low, high) to dk, dv [N, K].
+
+    Scores are taken transposed, [N, M], so that p and t are left operands, which the matrix unit reads from registers.
+    Rows beyond q_len have L = inf, hence p = 0.
+    """
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, HEAD_DIM)
+    q_ptrs = q_ptr + low.to(tl.int64) * stride_qt + m[:, None] * stride_qt + d[None, :]
+    w_ptrs = w_ptr + low.to(tl.int64) * stride_wt + m[:, None] * stride_wt + d[None, :]
+    for first_row in tl.range(low, high, BLOCK_M):
+        row = first_row + m
+        alive = row < q_len
+        q = tl.load(q_ptrs, mask=alive[:, None], other=0.0)
+        lse = tl.load(lse_ptr + row, mask=alive, other=float("inf"))
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        p = tl.exp2(s * scale - lse[None, :])
+        if DIAGONAL:
+            p = tl.where(column[:, None] <= row[None, :], p, 0.0)
+        w = tl.load(w_ptrs, mask=alive[:, None], other=0.0)
+        delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
+        dv = tl.dot(p.to(w.dtype), w, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(w), input_precision="ieee")
+        t = p * (dp - delta[None, :])
+        dk = tl.dot(t.to(q.dtype), q, dk, input_precision="ieee")
+        q_ptrs += BLOCK_M * stride_qt
+        w_ptrs += BLOCK_M * stride_wt
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_batches", "q_len", "k_len", "num_rows"])
+def _key_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, w_ptr, lse_ptr, delta_ptr,
+    dk_ptr, dv_ptr,  # [S', B, G, K] or packed
+    cu_ptr, ranges_ptr,
+    stride_qt, stride_qb, stride_qh, stride_kt, stride_kb, stride_kh, stride_vt, stride_vb, stride_vh,
+    stride_wt, stride_wb, stride_wh, stride_dkt, stride_dkb, stride_dkh, stride_dvt, stride_dvb, stride_dvh,
+    num_tiles, num_batches, num_heads, heads_per_group, q_len, k_len, num_rows, scale, softmax_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, RANGED: tl.constexpr,
+):  # fmt: skip
+    """One key tile of one key/value head (`num_heads` are those): the group's query heads are summed in registers."""
+    group, batch, tile, q_start, q_len, k_start, k_len = _place(
+        num_tiles, cu_ptr, ranges_ptr, num_batches, num_heads, q_len, k_len, BLOCK_N, CAUSAL, PACKED, RANGED
+    )
+    first_column = tile * BLOCK_N  # the first keys are seen by the most queries: already longest work first
+    if first_column >= k_len:
+        return
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, HEAD_DIM)
+    column = first_column + n
+    alive = (column < k_len)[:, None]
+    position = k_start + first_column
+    batch_64 = batch.to(tl.int64)
+    group_64 = group.to(tl.int64)
+    k_ptr += batch_64 * stride_kb + group_64 * stride_kh + position * stride_kt
+    v_ptr += batch_64 * stride_vb + group_64 * stride_vh + position * stride_vt
+    dk_ptr += batch_64 * stride_dkb + group_64 * stride_dkh + position * stride_dkt
+    dv_ptr += batch_64 * stride_dvb + group_64 * stride_dvh + position * stride_dvt
+    q_ptr += batch_64 * stride_qb + group_64 * heads_per_group * stride_qh + q_start * stride_qt
+    w_ptr += batch_64 * stride_wb + group_64 * heads_per_group * stride_wh + q_start * stride_wt
+    statistics = (batch * num_heads + group).to(tl.int64) * heads_per_group * num_rows + q_start
+    k = tl.load(k_ptr + n[:, None] * stride_kt + d[None, :], mask=alive, other=0.0)
+    v = tl.load(v_ptr + n[:, None] * stride_vt + d[None, :], mask=alive, other=0.0)
+    dk = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
+    dv = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
+    for _ in range(heads_per_group):
+        low = first_column * 0
+        if CAUSAL:
+            low = tl.minimum(first_column + BLOCK_N, q_len)
+            dk, dv = _key_gradient_tiles(
+                dk, dv, k, v, q_ptr, w_ptr, lse_ptr + statistics, delta_ptr + statistics, stride_qt, stride_wt,
+                column, first_column, low, q_len, scale, HEAD_DIM, BLOCK_M, True,
+            )  # fmt: skip
+        dk, dv = _key_gradient_tiles(
+            dk, dv, k, v, q_ptr, w_ptr, lse_ptr + statistics, delta_ptr + statistics, stride_qt, stride_wt,
+            column, low, q_len, q_len, scale, HEAD_DIM, BLOCK_M, False,
+        )  # fmt: skip
+        q_ptr += stride_qh
+        w_ptr += stride_wh
+        statistics += num_rows
+    tl.store(dk_ptr + n[:, None] * stride_dkt + d[None, :], dk * softmax_scale, mask=alive)
+    tl.store(dv_ptr + n[:, None] * stride_dvt + d[None, :], dv, mask=alive)
 
 
 class _Attention(torch.autograd.Function):
@@ -222,16 +412,32 @@ class _Attention(torch.autograd.Function):
         lse = torch.empty((*q.shape[1:-1], q.shape[0]), dtype=torch.float32, device=q.device)  # [B, H, S] or [H, T]
         tiles = FORWARD[q.shape[-1], q.dtype == torch.float32]
         grid, arguments = _geometry(q, k, borders, ranges, causal, tiles, by_query=True)
-        _forward_kernel[grid](
-            q, k, v, out, lse, **arguments, **_strides(q=q, k=k, v=v, o=out), scale=c * LOG2_E
-        )  # fmt: skip
+        strides = _strides(q=q, k=k, v=v, o=out)
+        _forward_kernel[grid](q, k, v, out, lse, **strides, **arguments, scale=c * LOG2_E)
         ctx.save_for_backward(q, k, v, out, lse, borders, ranges)
         ctx.causal, ctx.softmax_scale = causal, c
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError
+    def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, borders, ranges = ctx.saved_tensors
+        w = w if w.stride(-1) == 1 else w.contiguous()
+        delta = torch.empty_like(lse)
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        # Keys outside their sample's range belong to no tile.
+        new = torch.zeros if ranges is not None else torch.empty
+        dk, dv = (new(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+        scales = {"scale": ctx.softmax_scale * LOG2_E, "softmax_scale": ctx.softmax_scale}
+        with torch.cuda.device_of(q):
+            tiles = QUERY_GRADIENT[q.shape[-1], q.dtype == torch.float32]
+            grid, arguments = _geometry(q, k, borders, ranges, ctx.causal, tiles, by_query=True)
+            strides = _strides(q=q, k=k, v=v, o=out, w=w, dq=dq)
+            _query_gradient_kernel[grid](q, k, v, out, w, lse, delta, dq, **strides, **arguments, **scales)
+            tiles = KEY_GRADIENT[q.shape[-1], q.dtype == torch.float32]
+            grid, arguments = _geometry(q, k, borders, ranges, ctx.causal, tiles, by_query=False)
+            strides = _strides(q=q, k=k, v=v, w=w, dk=dk, dv=dv)
+            _key_gradient_kernel[grid](q, k, v, w, lse, delta, dk, dv, **strides, **arguments, **scales)
+        return dq, dk, dv, None, None, None, None
 
 
 def _geometry(
