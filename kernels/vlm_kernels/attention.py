@@ -63,7 +63,7 @@ QUERY_GRADIENT = {
 }
 KEY_GRADIENT = {
     (64, False): Tiles(64, 128, 8, 2),
-    (128, False): Tiles(64, 128, 8, 2),
+    (128, False): Tiles(32, 128, 8, 3),
     (64, True): Tiles(32, 32, 8, 1),
     (128, True): Tiles(32, 32, 8, 1),
 }
@@ -134,12 +134,19 @@ def _place(
 
 @triton.jit
 def _forward_tiles(
-    acc, top, total, q, k_ptrs, v_ptrs, stride_kt, stride_vt, row, low, high, k_len, scale,
-    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    acc, top, total, q, k_ptr, v_ptr, stride_kt, stride_vt, row, low, high, k_len, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add the key tiles of [low, high) to acc [M, K], running maximum `top` and sum `total` [M]."""
-    for n in tl.range(low, high, BLOCK_N):
-        column = n + tl.arange(0, BLOCK_N)
+    """Add the key tiles of [low, high) to acc [M, K], running maximum `top` and sum `total` [M].
+
+    Only scalar pointers go round the loop: a tile of them costs so many registers that the kernel spills.
+    """
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, HEAD_DIM)
+    for first_column in tl.range(low, high, BLOCK_N):
+        column = first_column + n
+        k_ptrs = k_ptr + n[:, None] * stride_kt + d[None, :]
+        v_ptrs = v_ptr + n[:, None] * stride_vt + d[None, :]
         if MASKED:
             k = tl.load(k_ptrs, mask=(column < k_len)[:, None], other=0.0)
         else:
@@ -161,9 +168,9 @@ def _forward_tiles(
             v = tl.load(v_ptrs)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         top = new_top
-        k_ptrs += BLOCK_N * stride_kt
-        v_ptrs += BLOCK_N * stride_vt
-    return acc, top, total, k_ptrs, v_ptrs
+        k_ptr += BLOCK_N * stride_kt
+        v_ptr += BLOCK_N * stride_vt
+    return acc, top, total, k_ptr, v_ptr
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_batches", "q_len", "k_len", "num_rows"])
@@ -186,7 +193,6 @@ def _forward_kernel(
         tile = tl.cdiv(q_len, BLOCK_M) - 1 - tile
     first_row = tile * BLOCK_M
     m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, HEAD_DIM)
     row = first_row + m
     group = (head // heads_per_group).to(tl.int64)
@@ -194,8 +200,6 @@ def _forward_kernel(
     k_ptr += batch.to(tl.int64) * stride_kb + group * stride_kh + k_start * stride_kt
     v_ptr += batch.to(tl.int64) * stride_vb + group * stride_vh + k_start * stride_vt
     q = tl.load(q_ptr + m[:, None] * stride_qt + d[None, :], mask=(row < q_len)[:, None], other=0.0)
-    k_ptrs = k_ptr + n[:, None] * stride_kt + d[None, :]
-    v_ptrs = v_ptr + n[:, None] * stride_vt + d[None, :]
 
     if CAUSAL:
         whole = first_row // BLOCK_N * BLOCK_N  # keys up to here are seen by every query of the tile
@@ -206,12 +210,14 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc, top, total, k_ptrs, v_ptrs = _forward_tiles(
-        acc, top, total, q, k_ptrs, v_ptrs, stride_kt, stride_vt, row, 0, whole, k_len, scale, BLOCK_N, CAUSAL, False
-    )
-    acc, top, total, k_ptrs, v_ptrs = _forward_tiles(
-        acc, top, total, q, k_ptrs, v_ptrs, stride_kt, stride_vt, row, whole, high, k_len, scale, BLOCK_N, CAUSAL, True
-    )
+    acc, top, total, k_ptr, v_ptr = _forward_tiles(
+        acc, top, total, q, k_ptr, v_ptr, stride_kt, stride_vt, row, 0, whole, k_len, scale,
+        HEAD_DIM, BLOCK_N, CAUSAL, False,
+    )  # fmt: skip
+    acc, top, total, k_ptr, v_ptr = _forward_tiles(
+        acc, top, total, q, k_ptr, v_ptr, stride_kt, stride_vt, row, whole, high, k_len, scale,
+        HEAD_DIM, BLOCK_N, CAUSAL, True,
+    )  # fmt: skip
     # A sample whose key range is empty has total 0: its output is 0, and L = inf makes every p zero in backward.
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     lse = tl.where(total == 0.0, float("inf"), top + tl.log2(total))
@@ -225,12 +231,16 @@ def _forward_kernel(
 
 @triton.jit
 def _query_gradient_tiles(
-    dq, q, w, lse, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, row, low, high, k_len, scale,
-    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    dq, q, w, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, row, low, high, k_len, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add sum_j t_ij k_j over the key tiles of [low, high) to dq [M, K]."""
-    for n in tl.range(low, high, BLOCK_N):
-        column = n + tl.arange(0, BLOCK_N)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, HEAD_DIM)
+    for first_column in tl.range(low, high, BLOCK_N):
+        column = first_column + n
+        k_ptrs = k_ptr + n[:, None] * stride_kt + d[None, :]
+        v_ptrs = v_ptr + n[:, None] * stride_vt + d[None, :]
         if MASKED:
             k = tl.load(k_ptrs, mask=(column < k_len)[:, None], other=0.0)
             v = tl.load(v_ptrs, mask=(column < k_len)[:, None], other=0.0)
@@ -247,9 +257,9 @@ def _query_gradient_tiles(
         dp = tl.dot(w, tl.trans(v), input_precision="ieee")
         t = p * (dp - delta[:, None])
         dq = tl.dot(t.to(k.dtype), k, dq, input_precision="ieee")
-        k_ptrs += BLOCK_N * stride_kt
-        v_ptrs += BLOCK_N * stride_vt
-    return dq, k_ptrs, v_ptrs
+        k_ptr += BLOCK_N * stride_kt
+        v_ptr += BLOCK_N * stride_vt
+    return dq, k_ptr, v_ptr
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_batches", "q_len", "k_len", "num_rows"])
@@ -273,7 +283,6 @@ def _query_gradient_kernel(
         tile = tl.cdiv(q_len, BLOCK_M) - 1 - tile
     first_row = tile * BLOCK_M
     m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, HEAD_DIM)
     row = first_row + m
     alive = row < q_len
@@ -285,8 +294,8 @@ def _query_gradient_kernel(
     out_ptr += batch_64 * stride_ob + head_64 * stride_oh + position * stride_ot
     w_ptr += batch_64 * stride_wb + head_64 * stride_wh + position * stride_wt
     dq_ptr += batch_64 * stride_dqb + head_64 * stride_dqh + position * stride_dqt
-    k_ptrs = k_ptr + batch_64 * stride_kb + group * stride_kh + k_start * stride_kt + n[:, None] * stride_kt + d[None, :]
-    v_ptrs = v_ptr + batch_64 * stride_vb + group * stride_vh + k_start * stride_vt + n[:, None] * stride_vt + d[None, :]
+    k_ptr += batch_64 * stride_kb + group * stride_kh + k_start * stride_kt
+    v_ptr += batch_64 * stride_vb + group * stride_vh + k_start * stride_vt
     statistics = (batch * num_heads + head).to(tl.int64) * num_rows + q_start
 
     w = tl.load(w_ptr + m[:, None] * stride_wt + d[None, :], mask=alive[:, None], other=0.0)
@@ -303,47 +312,15 @@ def _query_gradient_kernel(
         whole = k_len // BLOCK_N * BLOCK_N
         high = k_len
     dq = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    dq, k_ptrs, v_ptrs = _query_gradient_tiles(
-        dq, q, w, lse, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, row, 0, whole, k_len, scale, BLOCK_N, CAUSAL, False
-    )
-    dq, k_ptrs, v_ptrs = _query_gradient_tiles(
-        dq, q, w, lse, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, row, whole, high, k_len, scale, BLOCK_N, CAUSAL, True
-    )
+    dq, k_ptr, v_ptr = _query_gradient_tiles(
+        dq, q, w, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, row, 0, whole, k_len, scale,
+        HEAD_DIM, BLOCK_N, CAUSAL, False,
+    )  # fmt: skip
+    dq, k_ptr, v_ptr = _query_gradient_tiles(
+        dq, q, w, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, row, whole, high, k_len, scale,
+        HEAD_DIM, BLOCK_N, CAUSAL, True,
+    )  # fmt: skip
     tl.store(dq_ptr + m[:, None] * stride_dqt + d[None, :], dq * softmax_scale, mask=alive[:, None])
-
-
-@triton.jit
-def _key_gradient_tiles(
-    dk, dv, k, v, q_ptr, w_ptr, lse_ptr, delta_ptr, stride_qt, stride_wt, column, low, high, q_len, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, DIAGONAL: tl.constexpr,
-):  # fmt: skip
-    """Add sum_i t_ij q_i and sum_i p_ij w_i over the query tiles of [low, high) to dk, dv [N, K].
-
-    Scores are taken transposed, [N, M], so that p and t are left operands, which the matrix unit reads from registers.
-    Rows beyond q_len have L = inf, hence p = 0.
-    """
-    m = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, HEAD_DIM)
-    q_ptrs = q_ptr + low.to(tl.int64) * stride_qt + m[:, None] * stride_qt + d[None, :]
-    w_ptrs = w_ptr + low.to(tl.int64) * stride_wt + m[:, None] * stride_wt + d[None, :]
-    for first_row in tl.range(low, high, BLOCK_M):
-        row = first_row + m
-        alive = row < q_len
-        q = tl.load(q_ptrs, mask=alive[:, None], other=0.0)
-        lse = tl.load(lse_ptr + row, mask=alive, other=float("inf"))
-        s = tl.dot(k, tl.trans(q), input_precision="ieee")
-        p = tl.exp2(s * scale - lse[None, :])
-        if DIAGONAL:
-            p = tl.where(column[:, None] <= row[None, :], p, 0.0)
-        w = tl.load(w_ptrs, mask=alive[:, None], other=0.0)
-        delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
-        dv = tl.dot(p.to(w.dtype), w, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(w), input_precision="ieee")
-        t = p * (dp - delta[None, :])
-        dk = tl.dot(t.to(q.dtype), q, dk, input_precision="ieee")
-        q_ptrs += BLOCK_M * stride_qt
-        w_ptrs += BLOCK_M * stride_wt
-    return dk, dv
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_batches", "q_len", "k_len", "num_rows"])
@@ -357,13 +334,19 @@ def _key_gradient_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, RANGED: tl.constexpr,
 ):  # fmt: skip
-    """One key tile of one key/value head (`num_heads` are those): the group's query heads are summed in registers."""
+    """One key tile of one key/value head (`num_heads` are those): the group's query heads are summed in registers.
+
+    One loop over all query tiles of all those heads: with a loop per head, and one for the tiles on the diagonal, the two
+    accumulators did not stay in registers (1164 bytes spilled at K = 128). Scores are taken transposed, [N, M], so that
+    p and t are left operands, which the matrix unit reads from registers. Rows beyond q_len have L = inf, hence p = 0.
+    """
     group, batch, tile, q_start, q_len, k_start, k_len = _place(
         num_tiles, cu_ptr, ranges_ptr, num_batches, num_heads, q_len, k_len, BLOCK_N, CAUSAL, PACKED, RANGED
     )
     first_column = tile * BLOCK_N  # the first keys are seen by the most queries: already longest work first
     if first_column >= k_len:
         return
+    m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, HEAD_DIM)
     column = first_column + n
@@ -382,21 +365,35 @@ def _key_gradient_kernel(
     v = tl.load(v_ptr + n[:, None] * stride_vt + d[None, :], mask=alive, other=0.0)
     dk = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     dv = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
-    for _ in range(heads_per_group):
-        low = first_column * 0
+    low = tile * 0
+    if CAUSAL:
+        low = first_column  # BLOCK_M divides BLOCK_N
+    num_query_tiles = tl.cdiv(q_len - low, BLOCK_M)
+    first_row = low
+    statistics += low
+    q_ptr += low.to(tl.int64) * stride_qt
+    w_ptr += low.to(tl.int64) * stride_wt
+    back = ((num_query_tiles - 1) * BLOCK_M).to(tl.int64)  # from a head's last tile to its first
+    for _ in tl.range(0, heads_per_group * num_query_tiles):
+        row = first_row + m
+        seen = row < q_len
+        q = tl.load(q_ptr + m[:, None] * stride_qt + d[None, :], mask=seen[:, None], other=0.0)
+        lse = tl.load(lse_ptr + statistics + m, mask=seen, other=float("inf"))
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        p = tl.exp2(s * scale - lse[None, :])
         if CAUSAL:
-            low = tl.minimum(first_column + BLOCK_N, q_len)
-            dk, dv = _key_gradient_tiles(
-                dk, dv, k, v, q_ptr, w_ptr, lse_ptr + statistics, delta_ptr + statistics, stride_qt, stride_wt,
-                column, first_column, low, q_len, scale, HEAD_DIM, BLOCK_M, True,
-            )  # fmt: skip
-        dk, dv = _key_gradient_tiles(
-            dk, dv, k, v, q_ptr, w_ptr, lse_ptr + statistics, delta_ptr + statistics, stride_qt, stride_wt,
-            column, low, q_len, q_len, scale, HEAD_DIM, BLOCK_M, False,
-        )  # fmt: skip
-        q_ptr += stride_qh
-        w_ptr += stride_wh
-        statistics += num_rows
+            p = tl.where(column[:, None] <= row[None, :], p, 0.0)
+        w = tl.load(w_ptr + m[:, None] * stride_wt + d[None, :], mask=seen[:, None], other=0.0)
+        delta = tl.load(delta_ptr + statistics + m, mask=seen, other=0.0)
+        dv = tl.dot(p.to(w.dtype), w, dv, input_precision="ieee")
+        minus_delta = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) - delta[None, :]
+        t = p * tl.dot(v, tl.trans(w), minus_delta, input_precision="ieee")
+        dk = tl.dot(t.to(q.dtype), q, dk, input_precision="ieee")
+        last = first_row + BLOCK_M >= q_len  # then on to the next head
+        q_ptr += tl.where(last, stride_qh - back * stride_qt, BLOCK_M * stride_qt)
+        w_ptr += tl.where(last, stride_wh - back * stride_wt, BLOCK_M * stride_wt)
+        statistics += tl.where(last, num_rows - back, BLOCK_M)
+        first_row = tl.where(last, low, first_row + BLOCK_M)
     tl.store(dk_ptr + n[:, None] * stride_dkt + d[None, :], dk * softmax_scale, mask=alive)
     tl.store(dv_ptr + n[:, None] * stride_dvt + d[None, :], dv, mask=alive)
 

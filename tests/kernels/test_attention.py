@@ -149,7 +149,9 @@ def test_queries_and_keys_differ_in_number_and_keys_have_ranges():
 
 @pytest.mark.interpreted
 def test_large_scores_neither_overflow_nor_lose_the_maximum():
-    inputs = [random(80, 1, 1, 64) * 12, random(80, 1, 1, 64, seed=1) * 12, random(80, 1, 1, 64, seed=2)]
+    """In bf16: fp32 exponents of some hundreds, times log2 e, are themselves rounded more often than eager's."""
+    q, k, v = (random(80, 1, 1, 64, seed=i, dtype=BF16) for i in range(3))
+    inputs = [q * 12, k * 12, v]
     compare(lambda q, k, v: attention(q, k, v, causal=True), written_out(live_pairs([80], True)), inputs)
 
 
