@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -129,7 +131,8 @@ def _values(x: Tensor) -> list[Any]:
 def _check_integers(name: str, x: Tensor, q: Tensor, fits: bool, shape: str) -> None:
     if x.dtype != torch.int32 or x.device != q.device or not fits or not x.is_contiguous():
         raise ValueError(
-            f"{name}: expected contiguous int32 {shape} on {q.device}, received {x.dtype} {tuple(x.shape)} on {x.device}"
+            f"{name}: expected contiguous int32 {shape} on {q.device}, "
+            f"received {x.dtype} {tuple(x.shape)} on {x.device}"
         )
 
 
@@ -166,35 +169,94 @@ def project_image_tokens(
     activation: str | Callable[[Tensor], Tensor] = "gelu",
     into: Tensor,
     positions: Tensor,
+    group: Group | None = None,
 ) -> Tensor:
     """Two-layer projector whose rows replace the token embeddings at `positions`.
 
     Args:
         features: [N, 1 + P, D_vision] of the vision model, class token first; it is dropped.
-        fc1: [F, D_vision]. fc2: [D, F]. bias1: [F]. bias2: [D].
-        activation: "gelu" (exact, by erf), or a function.
+        fc1: [F, D_vision], with `group` this rank's rows. fc2: [D, F], with `group` this rank's columns.
+        bias1: [F], split like fc1. bias2: [D], whole.
+        activation: "gelu" (exact, by erf), "gelu_tanh", or a function.
         into: [T, D] token embeddings; not modified.
-        positions: int64 [N * P], rows of `into` in picture order.
+        positions: int64 [N * P], rows of `into` in picture order, each at most once.
+        group: tensor-parallel process group, None for one rank. All but the weights and bias1 is equal on its ranks.
 
     Returns:
         [T, D], differentiable in features, weights, biases and `into`.
 
     Raises:
-        ValueError: naming the argument and its shape.
+        ValueError: naming the argument and what was received.
     """
-    if features.dim() != 3 or features.shape[-1] != fc1.shape[-1]:
+    check_project_image_tokens(features, fc1, fc2, bias1, bias2, into, positions)
+    if isinstance(activation, str):
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected a function or one of {list(ACTIVATIONS)}, received {activation!r}")
+        activation = ACTIVATIONS[activation]
+    if _parallel(group):
+        features = _ReduceGradient.apply(features, group)
+    hidden = activation(functional.linear(features[:, 1:].flatten(0, 1), fc1, bias1))
+    if not _parallel(group):
+        return into.index_copy(0, positions, functional.linear(hidden, fc2, bias2))
+    rows = _Reduce.apply(functional.linear(hidden, fc2), group)
+    return into.index_copy(0, positions, rows if bias2 is None else rows + bias2)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
+
+
+def check_project_image_tokens(
+    features: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    bias1: Tensor | None,
+    bias2: Tensor | None,
+    into: Tensor,
+    positions: Tensor,
+) -> None:
+    """ValueError, naming the argument and what was received, for what neither twin nor kernel can compute."""
+    if fc1.dim() != 2:
+        raise ValueError(f"fc1: expected [F, D_vision], received {tuple(fc1.shape)}")
+    if features.dim() != 3 or features.shape[1] == 0 or features.shape[-1] != fc1.shape[-1]:
         raise ValueError(f"features: expected [N, 1 + P, {fc1.shape[-1]}], received {tuple(features.shape)}")
+    if fc2.dim() != 2 or fc2.shape[1] != fc1.shape[0]:
+        raise ValueError(f"fc2: expected [D, {fc1.shape[0]}] after fc1 {tuple(fc1.shape)}, received {tuple(fc2.shape)}")
+    if into.dim() != 2 or into.shape[1] != fc2.shape[0]:
+        raise ValueError(f"into: expected [T, {fc2.shape[0]}] for fc2 {tuple(fc2.shape)}, received {tuple(into.shape)}")
+    for name, bias, weight in (("bias1", bias1, fc1), ("bias2", bias2, fc2)):
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"{name}: expected [{weight.shape[0]}], received {tuple(bias.shape)}")
+    for name, x in (("fc1", fc1), ("fc2", fc2), ("bias1", bias1), ("bias2", bias2), ("into", into)):
+        if x is not None and (x.dtype != features.dtype or x.device != features.device):
+            wanted = f"{features.dtype} on {features.device}"
+            raise ValueError(f"{name}: {x.dtype} on {x.device} differs from features, {wanted}")
     rows = features.shape[0] * (features.shape[1] - 1)
     if positions.shape != (rows,):
         raise ValueError(
             f"positions: expected [{rows}] for features {tuple(features.shape)}, received {tuple(positions.shape)}"
         )
-    if isinstance(activation, str):
-        if activation != "gelu":
-            raise ValueError(f"activation: only 'gelu' has a name, received {activation!r}")
-        activation = functional.gelu
-    hidden = activation(functional.linear(features[:, 1:].flatten(0, 1), fc1, bias1))
-    return into.index_copy(0, positions, functional.linear(hidden, fc2, bias2))
+    if positions.dtype != torch.int64 or positions.device != into.device:
+        raise ValueError(
+            f"positions: expected int64 on {into.device}, received {positions.dtype} on {positions.device}"
+        )
+    if rows:
+        _check_positions(positions, len(into))
+
+
+def _check_positions(positions: Tensor, num_tokens: int) -> None:
+    def summary() -> Tensor:
+        ends = torch.stack(positions.aminmax())
+        taken = positions.new_zeros(max(num_tokens, 1)).index_fill_(0, positions.clamp(0, max(num_tokens - 1, 0)), 1)
+        return torch.cat([ends, taken.sum(0, keepdim=True)])
+
+    low, high, different = _summarised(positions, num_tokens, summary)
+    if low < 0 or high >= num_tokens:
+        raise ValueError(f"positions: received {low} .. {high}, into has the rows 0 .. {num_tokens - 1}")
+    if different != len(positions):
+        raise ValueError(f"positions: each may appear once, received {len(positions)} with {different} different ones")
 
 
 def linear_cross_entropy(
@@ -210,9 +272,11 @@ def linear_cross_entropy(
 
     Returns:
         float32 [R].
+
+    Raises:
+        ValueError: naming the argument and what was received; also for a target outside the vocabulary.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden: expected [R, {weight.shape[-1]}], received {tuple(hidden.shape)}")
+    check_linear_cross_entropy(hidden, weight, target, group, ignore_index)
     if _parallel(group):
         hidden = _ReduceGradient.apply(hidden, group)
     return vocab_parallel_cross_entropy(
@@ -234,15 +298,88 @@ def vocab_parallel_cross_entropy(
         float32 [R], equal on all ranks.
 
     Raises:
-        ValueError: naming the argument and its shape.
+        ValueError: naming the argument and what was received; also for a target outside the vocabulary.
     """
-    if logits.dim() != 2 or target.shape != logits.shape[:1]:
-        raise ValueError(
-            f"target: expected [R] for logits [R, V], received {tuple(target.shape)}, {tuple(logits.shape)}"
-        )
+    check_vocab_parallel_cross_entropy(logits, target, group, ignore_index)
     if not _parallel(group):
         return functional.cross_entropy(logits.float(), target, ignore_index=ignore_index, reduction="none")
     return _VocabParallelCrossEntropy.apply(logits, target, group, ignore_index)
+
+
+def check_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, group: Group | None, ignore_index: int
+) -> int:
+    """The number of rows that count; ValueError, naming the argument, for what cannot be computed."""
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight: expected [V, D], received {tuple(weight.shape)}")
+    if hidden.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden: expected [R, {weight.shape[-1]}], received {tuple(hidden.shape)}")
+    if weight.dtype != hidden.dtype or weight.device != hidden.device:
+        raise ValueError(
+            f"weight: {weight.dtype} on {weight.device} differs from hidden, {hidden.dtype} on {hidden.device}"
+        )
+    return _check_targets("hidden", hidden, target, weight.shape[0], group, ignore_index)
+
+
+def check_vocab_parallel_cross_entropy(logits: Tensor, target: Tensor, group: Group | None, ignore_index: int) -> int:
+    """The number of rows that count; ValueError, naming the argument, for what cannot be computed."""
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits: expected [R, V], received {tuple(logits.shape)}")
+    return _check_targets("logits", logits, target, logits.shape[1], group, ignore_index)
+
+
+def _check_targets(name: str, x: Tensor, target: Tensor, width: int, group: Group | None, ignore_index: int) -> int:
+    if target.shape != x.shape[:1]:
+        raise ValueError(f"target: expected [{len(x)}] for {name} {tuple(x.shape)}, received {tuple(target.shape)}")
+    if target.dtype != torch.int64 or target.device != x.device:
+        raise ValueError(f"target: expected int64 on {x.device}, received {target.dtype} on {target.device}")
+    if not len(target):
+        return 0
+
+    def summary() -> Tensor:
+        kept = target != ignore_index
+        return torch.stack([*target.masked_fill(~kept, 0).aminmax(), kept.sum()])
+
+    low, high, num_kept = _summarised(target, ignore_index, summary)
+    num_words = width * (group.size() if group is not None else 1)
+    if low < 0 or high >= num_words:
+        wrong = low if low < 0 else high
+        raise ValueError(
+            f"target: received {wrong}, the vocabulary has {num_words} entries and ignore_index is {ignore_index}"
+        )
+    return num_kept
+
+
+def reduce_maxima(top: Tensor, width: int, group: Group) -> Tensor:
+    """Maximum over the group of top, float32 [R]. The slices' widths travel in the same message.
+
+    Raises:
+        ValueError: the widths differ, though a rank's first entry of the vocabulary is rank * width. A rank looks, and
+            waits for the device, only when its own width is new.
+    """
+    sent = top.new_empty(len(top) + 2)
+    sent[:-2] = top
+    sent[-2].fill_(width)
+    sent[-1].fill_(-width)
+    torch.distributed.all_reduce(sent, op=torch.distributed.ReduceOp.MAX, group=group)
+    known = _widths.setdefault(group, set())
+    if width not in known:
+        high, low = (int(x) for x in sent[-2:].tolist())
+        if high != -low:
+            raise ValueError(f"group: its ranks hold {-low} to {high} entries of the vocabulary, this one {width}")
+        known.add(width)
+    return sent[:-2]
+
+
+_widths: WeakKeyDictionary = WeakKeyDictionary()  # widths found equal, by group
+
+
+def _summarised(x: Tensor, key: int, summary: Callable[[], Tensor]) -> list[int]:
+    """The values of summary(), waiting for x's device once per tensor, in-place change and key."""
+    known = _seen.get(x)
+    if known is None or known[0] != (x._version, key):
+        known = _seen[x] = ((x._version, key), summary().tolist())
+    return known[1]
 
 
 def _parallel(group: Group | None) -> bool:
@@ -250,17 +387,31 @@ def _parallel(group: Group | None) -> bool:
 
 
 class _ReduceGradient(torch.autograd.Function):
-    """Identity whose gradient is summed over the group: each rank's slice of the head adds its share."""
+    """Identity whose gradient is summed over the group: each rank's slice of a weight adds its share."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        return hidden.view_as(hidden)
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # it may be another consumer's, too
         torch.distributed.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class _Reduce(torch.autograd.Function):
+    """Sum over the group, whose gradient is that of every term."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
@@ -271,8 +422,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, group: Group, ignore_index: int) -> Tensor:
         x = logits.float()
         size = x.shape[1]
-        top = x.max(dim=1).values
-        torch.distributed.all_reduce(top, op=torch.distributed.ReduceOp.MAX, group=group)
+        top = reduce_maxima(x.max(dim=1).values, size, group)
         local = target - group.rank() * size
         mine = (local >= 0) & (local < size) & (target != ignore_index)
         column = local.clamp(0, size - 1).unsqueeze(1)
