@@ -10,14 +10,15 @@ over the live pairs: j <= i within a segment if causal, all j of the segment if 
 running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135). Backwards, for the
 upstream gradient w and delta_i = o_i . w_i,
 
-    dv_j = sum_i p_ij w_i     t_ij = p_ij (w_i . v_j - delta_i)     dq_i = scale sum_j t_ij k_j     dk_j = scale sum_i t_ij q_i
+    t_ij = p_ij (w_i . v_j - delta_i)
+    dv_j = sum_i p_ij w_i        dq_i = scale sum_j t_ij k_j        dk_j = scale sum_i t_ij q_i
 
 where the sums over i of dv and dk run through all H / G query heads of the group.
 
 Memory, in elements per sequence: forward reads q once and k, v once per query tile (mostly from L2) and writes o
 (S H K) and L (S H, fp32). Saved for backward: q, k, v, o, L. Backward is two kernels and no atomics, so a gradient has
-the same bits every time: one owns query tiles (dq and delta), one owns key tiles (dk, dv). That is seven matrix products
-per pair of tiles instead of the five of a backward pass that adds dq up in memory.
+the same bits every time: one owns query tiles (dq and delta), one owns key tiles (dk, dv). That is seven matrix
+products per pair of tiles instead of the five of a backward pass that adds dq up in memory.
 
 Shapes: B batch, S sequence, T packed tokens, H query heads, G key/value heads, K head dim, M query tile, N key tile.
 """
@@ -49,23 +50,24 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-FORWARD = {
-    (64, False): Tiles(128, 64, 4, 3),
-    (128, False): Tiles(128, 128, 8, 2),
-    (64, True): Tiles(64, 32, 8, 1),
-    (128, True): Tiles(32, 32, 8, 1),
-}
-QUERY_GRADIENT = {
-    (64, False): Tiles(128, 64, 8, 2),
-    (128, False): Tiles(128, 64, 8, 2),
-    (64, True): Tiles(32, 32, 8, 1),
-    (128, True): Tiles(32, 32, 8, 1),
-}
-KEY_GRADIENT = {
-    (64, False): Tiles(64, 128, 8, 2),
-    (128, False): Tiles(32, 128, 8, 3),
-    (64, True): Tiles(32, 32, 8, 1),
-    (128, True): Tiles(32, 32, 8, 1),
+# By pass, head dim and whether products are exact fp32. Each is the largest tile found that ptxas compiles for sm_90
+# without a spill (tests/kernels/aot.py prints registers and shared memory): at K = 128, keys' gradients with M = 64
+# spill 96 to 248 bytes, their two accumulators alone taking 128 registers a thread. Not chosen by time yet:
+# `kernels/benches/check_gpu.py attention tune` measures the neighbours.
+TILES = {
+    ("forward", 64, False): Tiles(128, 64, 4, 3),
+    ("forward", 128, False): Tiles(128, 128, 8, 2),
+    ("query gradient", 64, False): Tiles(128, 64, 8, 2),
+    ("query gradient", 128, False): Tiles(128, 64, 8, 2),
+    ("key gradient", 64, False): Tiles(64, 128, 8, 2),
+    ("key gradient", 128, False): Tiles(32, 128, 8, 3),
+    # The products run on ordinary arithmetic units, one operand element per register.
+    ("forward", 64, True): Tiles(64, 32, 8, 1),
+    ("forward", 128, True): Tiles(32, 16, 8, 1),
+    ("query gradient", 64, True): Tiles(32, 32, 8, 1),
+    ("query gradient", 128, True): Tiles(32, 32, 16, 1),
+    ("key gradient", 64, True): Tiles(32, 32, 8, 1),
+    ("key gradient", 128, True): Tiles(32, 32, 8, 1),
 }
 
 
@@ -73,8 +75,8 @@ KEY_GRADIENT = {
 def _segment_of(tile, cu_ptr, num_segments, BLOCK: tl.constexpr):
     """Start and length of the segment that `tile` lies in, and the tile's number there; length 0 beyond the last tile.
 
-    Segment s has ceil(length / BLOCK) tiles. Each program counts the segments that end before its tile, from the borders
-    alone: no host synchronisation, no table, and a grid of T // BLOCK + n programs covers every case.
+    Segment s has ceil(length / BLOCK) tiles. Each program counts the segments that end before its tile, from the
+    borders alone: no host synchronisation, no table, and a grid of T // BLOCK + n programs covers every case.
     """
     segment = 0
     first = 0  # the segment's first tile
@@ -147,10 +149,7 @@ def _forward_tiles(
         column = first_column + n
         k_ptrs = k_ptr + n[:, None] * stride_kt + d[None, :]
         v_ptrs = v_ptr + n[:, None] * stride_vt + d[None, :]
-        if MASKED:
-            k = tl.load(k_ptrs, mask=(column < k_len)[:, None], other=0.0)
-        else:
-            k = tl.load(k_ptrs)
+        k = tl.load(k_ptrs, mask=(column < k_len)[:, None], other=0.0) if MASKED else tl.load(k_ptrs)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             live = (column < k_len)[None, :]
@@ -162,10 +161,7 @@ def _forward_tiles(
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
-        if MASKED:
-            v = tl.load(v_ptrs, mask=(column < k_len)[:, None], other=0.0)
-        else:
-            v = tl.load(v_ptrs)
+        v = tl.load(v_ptrs, mask=(column < k_len)[:, None], other=0.0) if MASKED else tl.load(v_ptrs)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         top = new_top
         k_ptr += BLOCK_N * stride_kt
@@ -175,10 +171,10 @@ def _forward_tiles(
 
 @triton.jit(do_not_specialize=["num_tiles", "num_batches", "q_len", "k_len", "num_rows"])
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr,  # [S, B, H, K], [S', B, G, K] twice, [S, B, H, K], or packed without B
+    q_ptr, k_ptr, v_ptr, out_ptr,  # [S, B, G, H / G, K], [S', B, G, K] twice, [S, B, H, K], or packed without B
     lse_ptr,  # [B, H, num_rows] fp32
     cu_ptr, ranges_ptr,  # [n + 1] int32, [B, 2] int32
-    stride_qt, stride_qb, stride_qh, stride_kt, stride_kb, stride_kh,
+    stride_qt, stride_qb, stride_qg, stride_qh, stride_kt, stride_kb, stride_kh,
     stride_vt, stride_vb, stride_vh, stride_ot, stride_ob, stride_oh,
     num_tiles, num_batches, num_heads, heads_per_group, q_len, k_len, num_rows, scale,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -196,7 +192,8 @@ def _forward_kernel(
     d = tl.arange(0, HEAD_DIM)
     row = first_row + m
     group = (head // heads_per_group).to(tl.int64)
-    q_ptr += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + (q_start + first_row) * stride_qt
+    member = (head % heads_per_group).to(tl.int64)
+    q_ptr += batch.to(tl.int64) * stride_qb + group * stride_qg + member * stride_qh + (q_start + first_row) * stride_qt
     k_ptr += batch.to(tl.int64) * stride_kb + group * stride_kh + k_start * stride_kt
     v_ptr += batch.to(tl.int64) * stride_vb + group * stride_vh + k_start * stride_vt
     q = tl.load(q_ptr + m[:, None] * stride_qt + d[None, :], mask=(row < q_len)[:, None], other=0.0)
@@ -222,9 +219,7 @@ def _forward_kernel(
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     lse = tl.where(total == 0.0, float("inf"), top + tl.log2(total))
     out_ptr += batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + (q_start + first_row) * stride_ot
-    tl.store(
-        out_ptr + m[:, None] * stride_ot + d[None, :], out, mask=(row < q_len)[:, None]
-    )
+    tl.store(out_ptr + m[:, None] * stride_ot + d[None, :], out, mask=(row < q_len)[:, None])
     lse_ptr += (batch * num_heads + head).to(tl.int64) * num_rows + q_start
     tl.store(lse_ptr + row, lse, mask=row < q_len)
 
@@ -268,7 +263,8 @@ def _query_gradient_kernel(
     lse_ptr, delta_ptr,  # [B, H, num_rows] fp32; delta is written
     dq_ptr,
     cu_ptr, ranges_ptr,
-    stride_qt, stride_qb, stride_qh, stride_kt, stride_kb, stride_kh, stride_vt, stride_vb, stride_vh,
+    stride_qt, stride_qb, stride_qg, stride_qh,
+    stride_kt, stride_kb, stride_kh, stride_vt, stride_vb, stride_vh,
     stride_ot, stride_ob, stride_oh, stride_wt, stride_wb, stride_wh, stride_dqt, stride_dqb, stride_dqh,
     num_tiles, num_batches, num_heads, heads_per_group, q_len, k_len, num_rows, scale, softmax_scale,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -290,7 +286,8 @@ def _query_gradient_kernel(
     position = q_start + first_row
     batch_64 = batch.to(tl.int64)
     head_64 = head.to(tl.int64)
-    q_ptr += batch_64 * stride_qb + head_64 * stride_qh + position * stride_qt
+    member = (head % heads_per_group).to(tl.int64)
+    q_ptr += batch_64 * stride_qb + group * stride_qg + member * stride_qh + position * stride_qt
     out_ptr += batch_64 * stride_ob + head_64 * stride_oh + position * stride_ot
     w_ptr += batch_64 * stride_wb + head_64 * stride_wh + position * stride_wt
     dq_ptr += batch_64 * stride_dqb + head_64 * stride_dqh + position * stride_dqt
@@ -328,7 +325,8 @@ def _key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, w_ptr, lse_ptr, delta_ptr,
     dk_ptr, dv_ptr,  # [S', B, G, K] or packed
     cu_ptr, ranges_ptr,
-    stride_qt, stride_qb, stride_qh, stride_kt, stride_kb, stride_kh, stride_vt, stride_vb, stride_vh,
+    stride_qt, stride_qb, stride_qg, stride_qh,
+    stride_kt, stride_kb, stride_kh, stride_vt, stride_vb, stride_vh,
     stride_wt, stride_wb, stride_wh, stride_dkt, stride_dkb, stride_dkh, stride_dvt, stride_dvb, stride_dvh,
     num_tiles, num_batches, num_heads, heads_per_group, q_len, k_len, num_rows, scale, softmax_scale,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -336,9 +334,10 @@ def _key_gradient_kernel(
 ):  # fmt: skip
     """One key tile of one key/value head (`num_heads` are those): the group's query heads are summed in registers.
 
-    One loop over all query tiles of all those heads: with a loop per head, and one for the tiles on the diagonal, the two
-    accumulators did not stay in registers (1164 bytes spilled at K = 128). Scores are taken transposed, [N, M], so that
-    p and t are left operands, which the matrix unit reads from registers. Rows beyond q_len have L = inf, hence p = 0.
+    One loop over all query tiles of all those heads: with a loop per head, and one for the tiles on the diagonal, the
+    two accumulators did not stay in registers (1164 bytes spilled at K = 128). Scores are taken transposed, [N, M], so
+    that p and t are left operands, which the matrix unit reads from registers; -delta is where the product for t starts
+    from, for the same reason. Rows beyond q_len have L = inf, hence p = 0.
     """
     group, batch, tile, q_start, q_len, k_start, k_len = _place(
         num_tiles, cu_ptr, ranges_ptr, num_batches, num_heads, q_len, k_len, BLOCK_N, CAUSAL, PACKED, RANGED
@@ -358,7 +357,7 @@ def _key_gradient_kernel(
     v_ptr += batch_64 * stride_vb + group_64 * stride_vh + position * stride_vt
     dk_ptr += batch_64 * stride_dkb + group_64 * stride_dkh + position * stride_dkt
     dv_ptr += batch_64 * stride_dvb + group_64 * stride_dvh + position * stride_dvt
-    q_ptr += batch_64 * stride_qb + group_64 * heads_per_group * stride_qh + q_start * stride_qt
+    q_ptr += batch_64 * stride_qb + group_64 * stride_qg + q_start * stride_qt
     w_ptr += batch_64 * stride_wb + group_64 * heads_per_group * stride_wh + q_start * stride_wt
     statistics = (batch * num_heads + group).to(tl.int64) * heads_per_group * num_rows + q_start
     k = tl.load(k_ptr + n[:, None] * stride_kt + d[None, :], mask=alive, other=0.0)
@@ -399,17 +398,18 @@ def _key_gradient_kernel(
 
 
 class _Attention(torch.autograd.Function):
-    """The kernels as one differentiable operation; its caller has checked the arguments."""
+    """The kernels as one differentiable operation on q [.., G, H / G, K]; its caller has checked the arguments."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, borders: Tensor | None, ranges: Tensor | None, c: float
     ) -> Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty((*q.shape[1:-1], q.shape[0]), dtype=torch.float32, device=q.device)  # [B, H, S] or [H, T]
-        tiles = FORWARD[q.shape[-1], q.dtype == torch.float32]
+        heads = q.shape[-3] * q.shape[-2]
+        out = torch.empty((*q.shape[:-3], heads, q.shape[-1]), dtype=q.dtype, device=q.device)
+        lse = torch.empty((*q.shape[1:-3], heads, q.shape[0]), dtype=torch.float32, device=q.device)
+        tiles = TILES["forward", q.shape[-1], q.dtype == torch.float32]
         grid, arguments = _geometry(q, k, borders, ranges, causal, tiles, by_query=True)
-        strides = _strides(q=q, k=k, v=v, o=out)
+        strides = _strides(q, k=k, v=v, o=out)
         _forward_kernel[grid](q, k, v, out, lse, **strides, **arguments, scale=c * LOG2_E)
         ctx.save_for_backward(q, k, v, out, lse, borders, ranges)
         ctx.causal, ctx.softmax_scale = causal, c
@@ -426,13 +426,13 @@ class _Attention(torch.autograd.Function):
         dk, dv = (new(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
         scales = {"scale": ctx.softmax_scale * LOG2_E, "softmax_scale": ctx.softmax_scale}
         with torch.cuda.device_of(q):
-            tiles = QUERY_GRADIENT[q.shape[-1], q.dtype == torch.float32]
+            tiles = TILES["query gradient", q.shape[-1], q.dtype == torch.float32]
             grid, arguments = _geometry(q, k, borders, ranges, ctx.causal, tiles, by_query=True)
-            strides = _strides(q=q, k=k, v=v, o=out, w=w, dq=dq)
+            strides = _strides(q, k=k, v=v, o=out, w=w, dq=dq.flatten(-3, -2))
             _query_gradient_kernel[grid](q, k, v, out, w, lse, delta, dq, **strides, **arguments, **scales)
-            tiles = KEY_GRADIENT[q.shape[-1], q.dtype == torch.float32]
+            tiles = TILES["key gradient", q.shape[-1], q.dtype == torch.float32]
             grid, arguments = _geometry(q, k, borders, ranges, ctx.causal, tiles, by_query=False)
-            strides = _strides(q=q, k=k, v=v, w=w, dk=dk, dv=dv)
+            strides = _strides(q, k=k, v=v, w=w, dk=dk, dv=dv)
             _key_gradient_kernel[grid](q, k, v, w, lse, delta, dk, dv, **strides, **arguments, **scales)
         return dq, dk, dv, None, None, None, None
 
@@ -441,18 +441,21 @@ def _geometry(
     q: Tensor, k: Tensor, borders: Tensor | None, ranges: Tensor | None, causal: bool, tiles: Tiles, by_query: bool
 ) -> tuple[tuple[int], dict[str, Any]]:
     """The grid of a kernel whose programs own query tiles (or key tiles), and what says where they lie."""
-    owner, block = (q, tiles.block_m) if by_query else (k, tiles.block_n)
+    groups, heads_per_group = q.shape[-3:-1]
+    rows, heads, block = (
+        (len(q), groups * heads_per_group, tiles.block_m) if by_query else (len(k), groups, tiles.block_n)
+    )
     packed = borders is not None
     # Each segment wastes less than one tile, so T // block + n tiles hold them all; programs beyond the last one leave.
     num_batches = len(borders) - 1 if borders is not None else q.shape[1]
-    num_tiles = owner.shape[0] // block + num_batches if packed else triton.cdiv(owner.shape[0], block)
+    num_tiles = rows // block + num_batches if packed else triton.cdiv(rows, block)
     arguments = {
         "cu_ptr": borders,
         "ranges_ptr": ranges,
         "num_tiles": num_tiles,
         "num_batches": num_batches,
-        "num_heads": owner.shape[-2],
-        "heads_per_group": q.shape[-2] // k.shape[-2],
+        "num_heads": heads,
+        "heads_per_group": heads_per_group,
         "q_len": q.shape[0],
         "k_len": k.shape[0],
         "num_rows": q.shape[0],
@@ -465,15 +468,18 @@ def _geometry(
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
-    return (num_tiles * owner.shape[-2] * (1 if packed else num_batches),), arguments
+    return (num_tiles * heads * (1 if packed else num_batches),), arguments
 
 
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    """stride_qt, stride_qb, stride_qh of q, and so on; the head dim's is 1, a packed tensor's batch stride 0."""
-    strides = {}
-    for name, x in tensors.items():
+def _strides(q: Tensor, **tensors: Tensor) -> dict[str, int]:
+    """stride_kt, stride_kb, stride_kh of k, and so on; the head dim's is 1, a packed tensor's batch stride 0.
+
+    q has one more, stride_qg from group to group: between the query heads of a fused projection lie keys and values.
+    """
+    strides = {"stride_qg": q.stride(-3)}
+    for name, x in {"q": q, **tensors}.items():
         strides[f"stride_{name}t"] = x.stride(0)
-        strides[f"stride_{name}b"] = x.stride(1) if x.dim() == 4 else 0
+        strides[f"stride_{name}b"] = x.stride(1) if x.dim() == (5 if name == "q" else 4) else 0
         strides[f"stride_{name}h"] = x.stride(-2)
     return strides
 
@@ -494,8 +500,9 @@ def attention(
     On a CPU this is `reference.attention`, unless triton was imported with TRITON_INTERPRET=1.
 
     Args:
-        q: [S, B, H, K], or packed [T, H, K] with `cu_seqlens`; K is 64 or 128. Any strides but the last, which is 1:
-            slices of a fused [S, B, G, (H / G + 2) * K] projection are read where they lie.
+        q: [S, B, H, K], or packed [T, H, K] with `cu_seqlens`; K is 64 or 128. Or with its heads by group, as [S, B,
+            G, H / G, K] or [T, G, H / G, K]. Any strides but the last, which is 1: slices of Megatron's fused [S, B, G,
+            H / G + 2, K] projection are read where they lie.
         k, v: [S', B, G, K], or [T, G, K]; H is a multiple of G. `causal` needs S' = S.
         causal: query i of a sequence sees its keys 0..i only.
         cu_seqlens: int32 [n + 1] from 0 to T; tokens attend within [cu_seqlens[i], cu_seqlens[i + 1]) only. Its values
@@ -507,7 +514,7 @@ def attention(
             like `cu_seqlens`.
 
     Returns:
-        The shape of q, contiguous.
+        [S, B, H, K] or [T, H, K], contiguous.
 
     Raises:
         ValueError: naming the argument and what was received.
@@ -524,8 +531,10 @@ def attention(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(-1) != 1:
             raise ValueError(f"{name}: the last dimension must be contiguous, received strides {x.stride()}")
+    if q.dim() == k.dim():
+        q = q.unflatten(-2, (k.shape[-2], -1))
     if q.numel() == 0:
-        return torch.zeros_like(q)
+        return q.flatten(-3, -2)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     with torch.cuda.device_of(q):
         return _Attention.apply(q, k, v, causal, cu_seqlens, key_ranges, scale)

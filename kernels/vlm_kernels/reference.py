@@ -36,7 +36,8 @@ def attention(
     """softmax(scale * q k^T) v per head, query head h reading key/value head h * G // H (grouped-query attention).
 
     Args:
-        q: [S, B, H, K], or packed [T, H, K] with `cu_seqlens`.
+        q: [S, B, H, K], or packed [T, H, K] with `cu_seqlens`. Or with its heads by group, as [S, B, G, H / G, K] or
+            [T, G, H / G, K].
         k, v: [S', B, G, K], or [T, G, K]; H is a multiple of G. `causal` needs S' = S.
         causal: query i of a sequence sees its keys 0..i only.
         cu_seqlens: int32 [n + 1] from 0 to T; tokens attend within [cu_seqlens[i], cu_seqlens[i + 1]) only.
@@ -46,12 +47,14 @@ def attention(
             including, key_ranges[b, 1], as in a cache of prompts of unequal lengths. An empty range gives 0.
 
     Returns:
-        The shape of q.
+        [S, B, H, K] or [T, H, K].
 
     Raises:
         ValueError: naming the argument and its shape.
     """
     check_attention(q, k, v, causal, cu_seqlens, max_seqlen, softmax_scale, key_ranges)
+    if q.dim() > k.dim():
+        q = q.flatten(-3, -2)
     if cu_seqlens is None:
         heads = (x.permute(1, 2, 0, 3) for x in (q, k, v))
         return _batched(heads, causal, softmax_scale, key_ranges).permute(2, 0, 1, 3)
@@ -89,21 +92,25 @@ def check_attention(
     """ValueError, naming the argument and what was received, for what neither twin nor kernel can compute."""
     dims = 3 if cu_seqlens is not None else 4
     layout = "[T, H, K] with cu_seqlens" if cu_seqlens is not None else "[S, B, H, K]"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != dims:
-            raise ValueError(f"{name}: expected {layout}, received {tuple(x.shape)}")
+    shape = tuple(q.shape)
+    if q.dim() == dims + 1 and k.dim() == dims and shape[-3] == k.shape[-2]:  # heads by group
+        shape = (*shape[:-3], shape[-3] * shape[-2], shape[-1])
+    for name, x in (("q", shape), ("k", tuple(k.shape)), ("v", tuple(v.shape))):
+        if len(x) != dims:
+            raise ValueError(f"{name}: expected {layout}, received {tuple(q.shape) if name == 'q' else x}")
+    for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name}: {x.dtype} on {x.device} differs from q, {q.dtype} on {q.device}")
     if k.shape != v.shape:
         raise ValueError(f"v: shape {tuple(v.shape)} differs from k {tuple(k.shape)}")
-    if q.shape[-1] != k.shape[-1] or k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+    if shape[-1] != k.shape[-1] or k.shape[-2] == 0 or shape[-2] % k.shape[-2]:
         raise ValueError(
-            f"k: {tuple(k.shape)} must have the head dim of q {tuple(q.shape)} and a number of heads that divides its"
+            f"k: {tuple(k.shape)} must have the head dim of q {shape} and a number of heads that divides its"
         )
-    if q.shape[1:-2] != k.shape[1:-2] or ((causal or cu_seqlens is not None) and q.shape[0] != k.shape[0]):
-        raise ValueError(f"k: {tuple(k.shape)} does not match the tokens of q {tuple(q.shape)}")
-    if k.shape[0] == 0 < q.shape[0]:
-        raise ValueError(f"k: no keys for the queries {tuple(q.shape)}, received {tuple(k.shape)}")
+    if shape[1:-2] != k.shape[1:-2] or ((causal or cu_seqlens is not None) and shape[0] != k.shape[0]):
+        raise ValueError(f"k: {tuple(k.shape)} does not match the tokens of q {shape}")
+    if k.shape[0] == 0 < shape[0]:
+        raise ValueError(f"k: no keys for the queries {shape}, received {tuple(k.shape)}")
     if softmax_scale is not None and not 0.0 < softmax_scale < float("inf"):
         raise ValueError(f"softmax_scale: must be positive and finite, received {softmax_scale}")
     if cu_seqlens is not None:

@@ -51,7 +51,7 @@ class Compiled:
 
 
 def compile_launch(label, kernel, arguments, keywords) -> Compiled:
-    """Compile `kernel` as a launch with these arguments would: integers equal to 1 and divisors by 16 are specialised."""
+    """Compile `kernel` as a launch with these arguments would: 1 and multiples of 16 are specialised."""
     options = {name: keywords.pop(name) for name in ("num_warps", "num_stages") if name in keywords}
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
     fixed = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
@@ -80,9 +80,7 @@ def read_back(label, binary) -> Compiled:
     """Registers, stack and SASS of a compiled kernel, through the tools inside the triton wheel."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     path = Path(str(next(p for name, p in binary.metadata_group.items() if name.endswith(".cubin"))))
-    usage = subprocess.run(
-        [tools / "cuobjdump", "-res-usage", path], check=True, capture_output=True, text=True
-    ).stdout
+    usage = subprocess.run([tools / "cuobjdump", "-res-usage", path], check=True, capture_output=True, text=True).stdout
     sass = subprocess.run([tools / "nvdisasm", "-c", path], check=True, capture_output=True, text=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     local = len(re.findall(r"\b(?:LDL|STL)\b", sass)) * 4

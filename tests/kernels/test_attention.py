@@ -8,11 +8,16 @@ show; bf16 and fp16 have tile sizes of their own.
 
 from __future__ import annotations
 
+import sys
+
+import aot
 import pytest
 import torch
 
-from vlm_kernels import attention as attention_module
+from vlm_kernels import reference
 from vlm_kernels.attention import attention
+
+MODULE = sys.modules[attention.__module__]
 
 
 def random(*shape, dtype=torch.float32, seed=0):
@@ -87,9 +92,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 )
 def test_megatron_layout(length, batch, heads, groups, head_dim, causal, dtype):
     inputs = [random(length, batch, n, head_dim, dtype=dtype, seed=i) for i, n in enumerate((heads, groups, groups))]
-    compare(
-        lambda q, k, v: attention(q, k, v, causal=causal), written_out(live_pairs([length], causal)), inputs
-    )
+    compare(lambda q, k, v: attention(q, k, v, causal=causal), written_out(live_pairs([length], causal)), inputs)
 
 
 @pytest.mark.interpreted
@@ -116,24 +119,22 @@ def test_packed(lengths, heads, groups, head_dim, dtype, causal):
 @pytest.mark.interpreted
 @pytest.mark.parametrize("packed", [False, True], ids=["sbhk", "packed"])
 def test_slices_of_a_fused_projection_are_read_in_place(packed):
-    """q, k, v as views of [S, B, G, H / G + 2, K], with a scale of its own and an upstream gradient that is a view."""
+    """q, k, v as views of Megatron's [S, B, G, H / G + 2, K]; also a scale and a strided upstream gradient."""
     groups, per_group, head_dim = 2, 2, 64
     shape = (70,) if packed else (35, 2)
     fused = random(*shape, groups, per_group + 2, head_dim)
     borders = borders_of([30, 40])
 
     def split(x):
-        q = x[..., :per_group, :].flatten(-3, -2)
-        return q, x[..., per_group, :], x[..., per_group + 1, :]
+        return x[..., :per_group, :], x[..., per_group, :], x[..., per_group + 1, :]
 
     def mine(x):
-        q, k, v = split(x)
-        assert k.data_ptr() != x.data_ptr() and not k.is_contiguous()
+        q, k, v = split(x)  # q [.., G, H / G, K]
         options = {"cu_seqlens": borders} if packed else {}
         return attention(q, k, v, causal=True, softmax_scale=0.3, **options).transpose(-1, -2)
 
     oracle = written_out(live_pairs([30, 40] if packed else [35], True), 0.3)
-    compare(mine, lambda x: oracle(*split(x)).transpose(-1, -2), [fused])
+    compare(mine, lambda x: oracle(split(x)[0].flatten(-3, -2), *split(x)[1:]).transpose(-1, -2), [fused])
 
 
 @pytest.mark.interpreted
@@ -163,3 +164,151 @@ def test_segments_do_not_see_their_neighbours_nan():
     for x in (q, k, v):
         x[50:] = torch.nan
     assert torch.equal(attention(q, k, v, causal=False, cu_seqlens=borders_of([50, 40]))[:50], clean[:50])
+
+
+def launch(length, batch, groups, per_group, head_dim, causal, dtype, packed=False, ranged=False):
+    """Forward and backward of views of a fused projection, for compile_launches: what a GPU would be asked to run."""
+
+    def run():
+        tokens = (length,) if packed else (length, batch)
+        fused = torch.empty(*tokens, groups, per_group + 2, head_dim, dtype=dtype)
+        q, k, v = (x.requires_grad_() for x in (fused[..., :per_group, :], fused[..., -2, :], fused[..., -1, :]))
+        borders = borders_of([length // 2, length - length // 2]) if packed else None
+        ranges = torch.tensor([[0, length]] * batch, dtype=torch.int32) if ranged else None
+        out = attention(q, k, v, causal=causal, cu_seqlens=borders, key_ranges=ranges)
+        out.backward(torch.empty_like(out))
+
+    return run
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("label", "arguments"),
+    [
+        ("bf16 K=64 full (CLIP)", (577, 32, 16, 1, 64, False, BF16)),
+        ("bf16 K=128 causal (Mistral)", (4096, 2, 8, 4, 128, True, BF16)),
+        ("bf16 K=128 causal packed", (16384, 1, 8, 4, 128, True, BF16, True)),
+        ("fp16 K=64 causal packed", (16384, 1, 8, 4, 64, True, FP16, True)),
+        ("bf16 K=128 full ranged", (1024, 4, 8, 4, 128, False, BF16, False, True)),
+        ("fp32 K=64 full", (577, 32, 16, 1, 64, False, FP32)),
+        ("fp32 K=128 causal packed", (4096, 1, 8, 4, 128, True, FP32, True)),
+    ],
+)
+def test_compiles_for_hopper(label, arguments, monkeypatch):
+    """Exact fp32 products have no matrix instruction: those kernels are for checks, and only must not spill."""
+    monkeypatch.setattr(MODULE, "INTERPRETED", True)  # CPU tensors go to the kernels
+    compiled = aot.compile_launches(label, MODULE, launch(*arguments))
+    assert len(compiled) == 3
+    aot.check(compiled, matrix=arguments[6] != FP32)
+
+
+def made(*shape, dtype=FP32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+def borders(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+REFUSED = {
+    "q has three dims without cu_seqlens": (
+        {"q": made(4, 2, 64)},
+        r"q: expected \[S, B, H, K\], received \(4, 2, 64\)",
+    ),
+    "q has its heads by another number of groups": (
+        {"q": made(4, 1, 4, 2, 64)},
+        r"q: expected \[S, B, H, K\], received \(4, 1, 4, 2, 64\)",
+    ),
+    "v is shorter than k": ({"v": made(3, 1, 2, 64)}, r"v: shape \(3, 1, 2, 64\) differs from k \(4, 1, 2, 64\)"),
+    "k has another type": ({"k": made(4, 1, 2, 64, dtype=BF16)}, "k: torch.bfloat16 on cpu differs from q"),
+    "v is on another device": ({"v": torch.empty(4, 1, 2, 64, device="meta")}, "v: torch.float32 on meta differs"),
+    "heads do not divide": (
+        {"q": made(4, 1, 3, 64)},
+        r"k: \(4, 1, 2, 64\) must have the head dim of q \(4, 1, 3, 64\)",
+    ),
+    "another batch": ({"q": made(4, 2, 4, 64)}, r"k: \(4, 1, 2, 64\) does not match the tokens of q \(4, 2, 4, 64\)"),
+    "causal with more keys": ({"q": made(3, 1, 4, 64)}, r"k: \(4, 1, 2, 64\) does not match the tokens of q"),
+    "no keys": (
+        {"k": made(0, 1, 2, 64), "v": made(0, 1, 2, 64), "causal": False},
+        r"k: no keys for the queries \(4, 1, 4, 64\), received \(0, 1, 2, 64\)",
+    ),
+    "negative scale": ({"softmax_scale": -1.0}, "softmax_scale: must be positive and finite, received -1.0"),
+    "ranges with causal": ({"key_ranges": borders(0, 4)[None]}, "key_ranges: cannot be combined with causal"),
+    "ranges of another batch": (
+        {"key_ranges": borders(0, 4, 0, 4).view(2, 2), "causal": False},
+        r"key_ranges: expected contiguous int32 \[1, 2\] on cpu, received torch.int32 \(2, 2\)",
+    ),
+    "a range beyond the keys": (
+        {"key_ranges": borders(1, 5)[None], "causal": False},
+        r"key_ranges: sample 0 has \[1, 5\), which is not within 4 keys",
+    ),
+}
+REFUSED_PACKED = {
+    "borders are int64": (
+        {"cu_seqlens": borders(0, 4, dtype=torch.int64)},
+        r"cu_seqlens: expected contiguous int32 \[n \+ 1\] on cpu, received torch.int64 \(2,\)",
+    ),
+    "one border": ({"cu_seqlens": borders(0)}, r"cu_seqlens: expected contiguous int32 \[n \+ 1\]"),
+    "borders do not start at 0": ({"cu_seqlens": borders(1, 4)}, r"cu_seqlens: must start at 0, received \[1, 4\]"),
+    "borders do not end at T": ({"cu_seqlens": borders(0, 3)}, "cu_seqlens: its segments hold 3 tokens, q has 4"),
+    "borders decrease": (
+        {"cu_seqlens": borders(0, 3, 2, 4)},
+        r"cu_seqlens: must not decrease, received \[0, 3, 2, 4\]",
+    ),
+    "max_seqlen too small": ({"max_seqlen": 3}, "max_seqlen: received 3, the longest segment of cu_seqlens has 4"),
+}
+
+
+@pytest.mark.parametrize("function", [attention, reference.attention], ids=["kernel", "twin"])
+@pytest.mark.parametrize("case", [*REFUSED, *REFUSED_PACKED])
+def test_refuses_by_argument(case, function):
+    if case in REFUSED:
+        changes, message = REFUSED[case]
+        arguments = {"q": made(4, 1, 4, 64), "k": made(4, 1, 2, 64), "v": made(4, 1, 2, 64), "causal": True}
+    else:
+        changes, message = REFUSED_PACKED[case]
+        arguments = {
+            "q": made(4, 4, 64),
+            "k": made(4, 2, 64),
+            "v": made(4, 2, 64),
+            "causal": True,
+            "cu_seqlens": borders(0, 4),
+        }
+    with pytest.raises(ValueError, match=message):
+        function(**{**arguments, **changes})
+
+
+def test_borders_changed_in_place_are_looked_at_again():
+    """Values are read once per tensor, not once for ever."""
+    x, borders_4 = made(4, 2, 64), borders(0, 4)
+    reference.attention(x, x, x, causal=True, cu_seqlens=borders_4)
+    borders_4[1] = 3
+    with pytest.raises(ValueError, match="cu_seqlens: its segments hold 3 tokens, q has 4"):
+        reference.attention(x, x, x, causal=True, cu_seqlens=borders_4)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (made(4, 1, 2, 32), r"q: head dim must be one of \(64, 128\), received 32 in \(4, 1, 2, 32\)"),
+        (made(4, 1, 2, 64, dtype=torch.float64), "q: dtype must be one of .* received torch.float64"),
+        (made(4, 1, 64, 2).mT, r"q: the last dimension must be contiguous, received strides \(128, 128, 1, 2\)"),
+    ],
+    ids=["head-dim", "dtype", "last-stride"],
+)
+def test_kernels_refuse_what_only_the_twin_can(x, message, monkeypatch):
+    torch.testing.assert_close(
+        attention(x, x, x, causal=True), reference.attention(x, x, x, causal=True), equal_nan=True
+    )
+    monkeypatch.setattr(MODULE, "INTERPRETED", True)
+    with pytest.raises(ValueError, match=message):
+        attention(x, x, x, causal=True)
+
+
+@pytest.mark.interpreted
+def test_no_tokens():
+    x = torch.zeros(0, 2, 64, requires_grad=True)
+    out = attention(x, x, x, causal=True, cu_seqlens=borders(0, 0))
+    assert out.shape == (0, 2, 64)
+    out.sum().backward()
+    assert x.grad.shape == x.shape
