@@ -178,9 +178,36 @@ def check_attention() -> None:
             continue
         for name, call in others.items():
             timed(name, shape, call)
+    decode()
     small = SHAPES[1]._replace(name="fp32", length=600)
     print("fp32 causal 600", flush=True)
     errors(small, torch.float32)
+
+
+def decode(batch: int = 32, keys: int = 2048, groups: int = 8, per_group: int = 4, head_dim: int = 128) -> None:
+    """One query row per sample against a cache whose prompts were padded on the left."""
+    torch.manual_seed(0)
+    q = torch.randn(1, batch, groups, per_group, head_dim, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(keys, batch, groups, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    starts = torch.randint(0, keys // 2, (batch,), device="cuda", dtype=torch.int32)
+    ranges = torch.stack([starts, torch.full_like(starts, keys)], 1).contiguous()
+    out = attention(q, k, v, causal=False, key_ranges=ranges).unflatten(2, (groups, per_group))
+    worst = 0.0
+    for sample in (0, batch - 1):
+        seen = slice(int(starts[sample]), keys)
+        scores = torch.einsum("gmk,tgk->gmt", q[0, sample].double(), k[seen, sample].double()) * head_dim**-0.5
+        exact = torch.einsum("gmt,tgk->gmk", scores.softmax(-1), v[seen, sample].double())
+        worst = max(worst, (out[0, sample] - exact).abs().max().item())
+    gigabytes = 4 * int((keys - starts).sum()) * groups * head_dim / 1e9
+    took = milliseconds(lambda: attention(q, k, v, causal=False, key_ranges=ranges))
+    mask = (torch.arange(keys, device="cuda") >= starts[:, None])[:, None, None]
+    heads = [x.permute(1, 2, 0, 3) for x in (q.flatten(2, 3), k, v)]
+    sdpa = milliseconds(lambda: functional.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True))
+    print(
+        f"decode B={batch}, {keys} keys: max error {worst:.2e}, {took:.3f} ms ({gigabytes / took * 1e3:.0f} GB/s of live "
+        f"keys and values), SDPA with a mask {sdpa:.3f} ms",
+        flush=True,
+    )
 
 
 NEIGHBOURS = {

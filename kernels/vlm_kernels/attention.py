@@ -18,7 +18,9 @@ where the sums over i of dv and dk run through all H / G query heads of the grou
 Memory, in elements per sequence: forward reads q once and k, v once per query tile (mostly from L2) and writes o
 (S H K) and L (S H, fp32). Saved for backward: q, k, v, o, L. Backward is two kernels and no atomics, so a gradient has
 the same bits every time: one owns query tiles (dq and delta), one owns key tiles (dk, dv). That is seven matrix
-products per pair of tiles instead of the five of a backward pass that adds dq up in memory.
+products per pair of tiles instead of the five of a backward pass that adds dq up in memory. Decoding (one query row)
+reads each key and value once for all heads of a group, and writes o and L by parts of the keys for a kernel that joins
+them.
 
 Shapes: B batch, S sequence, T packed tokens, H query heads, G key/value heads, K head dim, M query tile, N key tile.
 """
@@ -68,7 +70,16 @@ TILES = {
     ("query gradient", 128, True): Tiles(32, 32, 16, 1),
     ("key gradient", 64, True): Tiles(32, 32, 8, 1),
     ("key gradient", 128, True): Tiles(32, 32, 8, 1),
+    # M is one group's heads, so the matrix unit's smallest tile; reading the cache is all that counts.
+    ("decode", 64, False): Tiles(16, 64, 4, 4),
+    ("decode", 128, False): Tiles(16, 64, 4, 4),
+    ("decode", 64, True): Tiles(16, 32, 4, 1),
+    ("decode", 128, True): Tiles(16, 32, 4, 1),
 }
+DECODE_PROGRAMS = (
+    264  # keys are split until there are this many: two for each of an H100's or H200's 132 multiprocessors
+DECODE_PARTS = 64  # but in no more parts than the kernel that joins them holds in registers
+)
 
 
 @triton.jit
@@ -397,6 +408,96 @@ def _key_gradient_kernel(
     tl.store(dv_ptr + n[:, None] * stride_dvt + d[None, :], dv, mask=alive)
 
 
+@triton.jit(do_not_specialize=["k_len", "keys_per_split", "num_splits"])
+def _decode_kernel(
+    q_ptr, k_ptr, v_ptr,  # [1, B, G, H / G, K], [S', B, G, K] twice
+    part_ptr, lse_ptr,  # [B, H, splits, K], [B, H, splits], fp32
+    ranges_ptr,
+    stride_qb, stride_qg, stride_qh, stride_kt, stride_kb, stride_kh, stride_vt, stride_vb, stride_vh,
+    num_groups, heads_per_group, k_len, keys_per_split, num_splits, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANGED: tl.constexpr,
+):  # fmt: skip
+    """One group's query heads, as the rows of a tile, against one part of its keys: each key is read once."""
+    group = tl.program_id(0) % num_groups
+    batch = tl.program_id(0) // num_groups
+    split = tl.program_id(1)
+    k_start = tl.cast(0, tl.int64)
+    if RANGED:
+        k_begin = tl.load(ranges_ptr + 2 * batch)
+        k_len = tl.load(ranges_ptr + 2 * batch + 1) - k_begin
+        k_start = k_begin.to(tl.int64)
+    low = split * keys_per_split
+    high = tl.minimum(low + keys_per_split, k_len)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, HEAD_DIM)
+    alive = m < heads_per_group
+    batch_64 = batch.to(tl.int64)
+    group_64 = group.to(tl.int64)
+    q_ptr += batch_64 * stride_qb + group_64 * stride_qg
+    k_ptr += batch_64 * stride_kb + group_64 * stride_kh + (k_start + low) * stride_kt
+    v_ptr += batch_64 * stride_vb + group_64 * stride_vh + (k_start + low) * stride_vt
+    q = tl.load(q_ptr + m[:, None] * stride_qh + d[None, :], mask=alive[:, None], other=0.0)
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc, top, total, k_ptr, v_ptr = _forward_tiles(
+        acc, top, total, q, k_ptr, v_ptr, stride_kt, stride_vt, m, low, high, high, scale,
+        HEAD_DIM, BLOCK_N, False, True,
+    )  # fmt: skip
+    # Parts beyond a sample's keys have top = -inf, which the sum below gives no weight.
+    part = ((batch_64 * num_groups + group_64) * heads_per_group + m) * num_splits + split
+    total = tl.where(total == 0.0, 1.0, total)
+    tl.store(part_ptr + part[:, None] * HEAD_DIM + d[None, :], acc / total[:, None], mask=alive[:, None])
+    tl.store(lse_ptr + part, top + tl.log2(total), mask=alive)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def _join_kernel(
+    part_ptr, lse_ptr, out_ptr,  # [rows, splits, K], [rows, splits], [rows, K]
+    num_splits, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The parts of one query head weighted by 2^L: sum_s 2^(L_s - L) o_s."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    d = tl.arange(0, HEAD_DIM)
+    lse = tl.load(lse_ptr + row * num_splits + split, mask=split < num_splits, other=float("-inf"))
+    parts = tl.load(
+        part_ptr + (row * num_splits + split)[:, None] * HEAD_DIM + d[None, :],
+        mask=(split < num_splits)[:, None], other=0.0,
+    )  # fmt: skip
+    top = tl.max(lse, 0)
+    weight = tl.where(lse == float("-inf"), 0.0, tl.exp2(lse - top))
+    total = tl.sum(weight, 0)
+    out = tl.sum(weight[:, None] * parts, 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + row * HEAD_DIM + d, out)
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor | None, softmax_scale: float) -> Tensor:
+    """One query row per sample, q [1, B, G, H / G, K], without a gradient."""
+    _, num_batches, groups, heads_per_group, head_dim = q.shape
+    tiles = TILES["decode", head_dim, q.dtype == torch.float32]
+    wanted = min(triton.cdiv(DECODE_PROGRAMS, num_batches * groups), DECODE_PARTS)
+    keys_per_split = triton.cdiv(triton.cdiv(len(k), wanted), tiles.block_n) * tiles.block_n
+    num_splits = triton.cdiv(len(k), keys_per_split)
+    rows = num_batches * groups * heads_per_group
+    part = torch.empty((rows, num_splits, head_dim), dtype=torch.float32, device=q.device)
+    lse = torch.empty((rows, num_splits), dtype=torch.float32, device=q.device)
+    strides = _strides(q, k=k, v=v)
+    del strides["stride_qt"]
+    _decode_kernel[num_batches * groups, num_splits](
+        q, k, v, part, lse, ranges, **strides, num_groups=groups, heads_per_group=heads_per_group,
+        k_len=len(k), keys_per_split=keys_per_split, num_splits=num_splits,
+        scale=softmax_scale * LOG2_E, HEAD_DIM=head_dim,
+        BLOCK_M=max(tiles.block_m, triton.next_power_of_2(heads_per_group)), BLOCK_N=tiles.block_n,
+        RANGED=ranges is not None, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    out = torch.empty((1, num_batches, groups * heads_per_group, head_dim), dtype=q.dtype, device=q.device)
+    _join_kernel[(rows,)](
+        part, lse, out, num_splits, HEAD_DIM=head_dim, SPLITS=triton.next_power_of_2(num_splits), num_warps=4
+    )
+    return out
+
+
 class _Attention(torch.autograd.Function):
     """The kernels as one differentiable operation on q [.., G, H / G, K]; its caller has checked the arguments."""
 
@@ -497,7 +598,8 @@ def attention(
 ) -> Tensor:
     """softmax(scale * q k^T) v per head, query head h reading key/value head h * G // H (grouped-query attention).
 
-    On a CPU this is `reference.attention`, unless triton was imported with TRITON_INTERPRET=1.
+    On a CPU this is `reference.attention`, unless triton was imported with TRITON_INTERPRET=1. One query row per sample
+    that nothing differentiates, as in decoding, has kernels that split the keys.
 
     Args:
         q: [S, B, H, K], or packed [T, H, K] with `cu_seqlens`; K is 64 or 128. Or with its heads by group, as [S, B,
@@ -536,5 +638,8 @@ def attention(
     if q.numel() == 0:
         return q.flatten(-3, -2)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     with torch.cuda.device_of(q):
+        if len(q) == 1 and cu_seqlens is None and not causal and not differentiated:
+            return _decode(q, k, v, key_ranges, scale)
         return _Attention.apply(q, k, v, causal, cu_seqlens, key_ranges, scale)

@@ -149,6 +149,39 @@ def test_queries_and_keys_differ_in_number_and_keys_have_ranges():
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize("ranged", [True, False], ids=["unequal-lengths", "equal-lengths"])
+@pytest.mark.parametrize(
+    ("batch", "keys", "groups", "per_group", "head_dim", "dtype"),
+    [
+        pytest.param(3, 300, 2, 4, 128, FP32, id="mistral-gqa-4:many-parts"),
+        pytest.param(3, 7, 1, 1, 64, FP16, id="one-part,one-head"),
+        pytest.param(3, 150, 1, 20, 64, FP32, id="more-heads-in-a-group-than-a-small-tile"),
+        pytest.param(3, 200, 2, 4, 128, BF16, id="bf16"),
+    ],
+)
+def test_decode(batch, keys, groups, per_group, head_dim, dtype, ranged):
+    """One query row against the first keys of a longer cache; ranges end, begin and are empty within it."""
+    cache = random(2, keys + 5, batch + 1, groups, head_dim, dtype=dtype)
+    q, k, v = (
+        random(1, batch, groups, per_group, head_dim, dtype=dtype),
+        cache[0, :keys, :batch],
+        cache[1, :keys, :batch],
+    )
+    cache[:, keys:] = torch.nan
+    ranges = torch.tensor([[0, keys - 3], [keys // 2, keys], [2, 2]], dtype=torch.int32)
+    index = torch.arange(keys)
+    live = ((index >= ranges[:, :1]) & (index < ranges[:, 1:]))[:, None] if ranged else torch.ones(1, 1, keys).bool()
+    got = attention(q, k, v, causal=False, key_ranges=ranges if ranged else None)
+    exact, eager = (written_out(live)(*(x.to(t) for x in (q.flatten(2, 3), k, v))) for t in (torch.float64, dtype))
+    assert got.dtype == dtype
+    assert got.shape == exact.shape
+    ulps = torch.finfo(dtype).eps * exact.abs().max().item()
+    assert (got - exact).abs().max().item() <= 2 * (eager - exact).abs().max().item() + ulps
+    if ranged:
+        assert not got[:, 2].any()
+
+
+@pytest.mark.interpreted
 def test_large_scores_neither_overflow_nor_lose_the_maximum():
     """In bf16: fp32 exponents of some hundreds, times log2 e, are themselves rounded more often than eager's."""
     q, k, v = (random(80, 1, 1, 64, seed=i, dtype=BF16) for i in range(3))
@@ -164,6 +197,21 @@ def test_segments_do_not_see_their_neighbours_nan():
     for x in (q, k, v):
         x[50:] = torch.nan
     assert torch.equal(attention(q, k, v, causal=False, cu_seqlens=borders_of([50, 40]))[:50], clean[:50])
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+def test_decode_compiles_for_hopper(head_dim, dtype, monkeypatch):
+    """Sixteen rows are too few for a warp group's matrix instruction: what must hold is that nothing spills, not even as many
+    parts as there may be."""
+    monkeypatch.setattr(MODULE, "INTERPRETED", True)
+    q, cache = torch.empty(1, 1, 32, head_dim, dtype=dtype), torch.empty(8192, 1, 4, head_dim, dtype=dtype)
+    ranges = torch.tensor([[0, 8192]], dtype=torch.int32)
+    label = f"{str(dtype)[6:]} K={head_dim}"
+    compiled = aot.compile_launches(label, MODULE, lambda: attention(q, cache, cache, causal=False, key_ranges=ranges))
+    assert len(compiled) == 2
+    aot.check(compiled, matrix=False)
 
 
 def launch(length, batch, groups, per_group, head_dim, causal, dtype, packed=False, ranged=False):
