@@ -204,8 +204,8 @@ def decode(batch: int = 32, keys: int = 2048, groups: int = 8, per_group: int = 
     heads = [x.permute(1, 2, 0, 3) for x in (q.flatten(2, 3), k, v)]
     sdpa = milliseconds(lambda: functional.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True))
     print(
-        f"decode B={batch}, {keys} keys: max error {worst:.2e}, {took:.3f} ms ({gigabytes / took * 1e3:.0f} GB/s of live "
-        f"keys and values), SDPA with a mask {sdpa:.3f} ms",
+        f"decode B={batch}, {keys} keys: max error {worst:.2e}, {took:.3f} ms ({gigabytes / took * 1e3:.0f} GB/s of "
+        f"live keys and values), SDPA with a mask {sdpa:.3f} ms",
         flush=True,
     )
 

@@ -76,10 +76,10 @@ TILES = {
     ("decode", 64, True): Tiles(16, 32, 4, 1),
     ("decode", 128, True): Tiles(16, 32, 4, 1),
 }
-DECODE_PROGRAMS = (
-    264  # keys are split until there are this many: two for each of an H100's or H200's 132 multiprocessors
-DECODE_PARTS = 64  # but in no more parts than the kernel that joins them holds in registers
-)
+# The keys of a decoding step are split until there are two programs for each of an H100's or H200's 132
+# multiprocessors, but into no more parts than the kernel that joins them holds in registers.
+DECODE_PROGRAMS = 264
+DECODE_PARTS = 64
 
 
 @triton.jit

@@ -203,8 +203,7 @@ def test_segments_do_not_see_their_neighbours_nan():
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
 def test_decode_compiles_for_hopper(head_dim, dtype, monkeypatch):
-    """Sixteen rows are too few for a warp group's matrix instruction: what must hold is that nothing spills, not even as many
-    parts as there may be."""
+    """Sixteen rows are too few for a warp group's matrix instruction; the most parts there may be must not spill."""
     monkeypatch.setattr(MODULE, "INTERPRETED", True)
     q, cache = torch.empty(1, 1, 32, head_dim, dtype=dtype), torch.empty(8192, 1, 4, head_dim, dtype=dtype)
     ranges = torch.tensor([[0, 8192]], dtype=torch.int32)
