@@ -190,13 +190,21 @@ def test_large_scores_neither_overflow_nor_lose_the_maximum():
 
 
 @pytest.mark.interpreted
-def test_segments_do_not_see_their_neighbours_nan():
-    """A masked tile must not multiply what lies behind its segment: 0 * nan is nan."""
-    q, k, v = (random(90, 1, 64, seed=i) for i in range(3))
-    clean = attention(q, k, v, causal=False, cu_seqlens=borders_of([50, 40]))
-    for x in (q, k, v):
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_segments_do_not_see_their_neighbours_nan(causal):
+    """A masked tile must not multiply what lies behind its segment: 0 * nan is nan. Forward and backward."""
+    tensors = [random(90, 1, 64, seed=i) for i in range(4)]
+
+    def run():
+        q, k, v, w = (x.clone().requires_grad_() for x in tensors)
+        out = attention(q, k, v, causal=causal, cu_seqlens=borders_of([50, 40]))
+        return [out, *torch.autograd.grad(out, (q, k, v), w)]
+
+    clean = run()
+    for x in tensors:
         x[50:] = torch.nan
-    assert torch.equal(attention(q, k, v, causal=False, cu_seqlens=borders_of([50, 40]))[:50], clean[:50])
+    for before, after in zip(clean, run(), strict=True):
+        assert torch.equal(before[:50], after[:50])
 
 
 @pytest.mark.compiled
