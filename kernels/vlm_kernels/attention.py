@@ -621,11 +621,10 @@ def attention(
     Raises:
         ValueError: naming the argument and what was received.
     """
-    reference.check_attention(q, k, v, causal, cu_seqlens, max_seqlen, softmax_scale, key_ranges)
     if q.device.type == "cpu" and not INTERPRETED:
-        return reference.attention(
-            q, k, v, causal=causal, cu_seqlens=cu_seqlens, softmax_scale=softmax_scale, key_ranges=key_ranges
-        )
+        options = {"softmax_scale": softmax_scale, "key_ranges": key_ranges}
+        return reference.attention(q, k, v, causal=causal, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **options)
+    reference.check_attention(q, k, v, causal, cu_seqlens, max_seqlen, softmax_scale, key_ranges)
     if q.shape[-1] not in HEAD_DIMS:
         raise ValueError(f"q: head dim must be one of {HEAD_DIMS}, received {q.shape[-1]} in {tuple(q.shape)}")
     if q.dtype not in DTYPES:
