@@ -68,7 +68,7 @@ device_clock = DeviceClock()
 def measure(request: pytest.FixtureRequest) -> Callable[..., None]:
     """measure(make, provider=.., operation=.., shape=.., dtype=.., stage=.., flop=.., moved_bytes=..) times one cell.
 
-    `make` builds the call. A peer that is not installed is skipped; one that fails is a cell that says why. Ours must run.
+    `make` builds the call. A peer that is not installed is skipped; one that fails is a cell saying why; ours may not.
     """
 
     def run(make: Callable[[], Callable[[], object]], **cell: Any) -> None:

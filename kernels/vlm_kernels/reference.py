@@ -129,9 +129,16 @@ _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def _values(x: Tensor) -> list[Any]:
     """The tensor's values, waiting for its device once per tensor and in-place change."""
+    return _summarised(x, 0, lambda: x)
+
+
+def _summarised(x: Tensor, key: int, summary: Callable[[], Tensor]) -> list[Any]:
+    """The values of summary(), waiting for x's device once per tensor, in-place change and key."""
+    if x.is_inference():  # it does not count its changes
+        return summary().tolist()
     known = _seen.get(x)
-    if known is None or known[0] != x._version:
-        known = _seen[x] = (x._version, x.tolist())
+    if known is None or known[0] != (x._version, key):
+        known = _seen[x] = ((x._version, key), summary().tolist())
     return known[1]
 
 
@@ -379,14 +386,6 @@ def reduce_maxima(top: Tensor, width: int, group: Group) -> Tensor:
 
 
 _widths: WeakKeyDictionary = WeakKeyDictionary()  # widths found equal, by group
-
-
-def _summarised(x: Tensor, key: int, summary: Callable[[], Tensor]) -> list[int]:
-    """The values of summary(), waiting for x's device once per tensor, in-place change and key."""
-    known = _seen.get(x)
-    if known is None or known[0] != (x._version, key):
-        known = _seen[x] = ((x._version, key), summary().tolist())
-    return known[1]
 
 
 def _parallel(group: Group | None) -> bool:

@@ -132,3 +132,31 @@ def check(compiled: list[Compiled], *, matrix: bool = True) -> None:
         assert kernel.spilled_bytes == 0, kernel
         assert kernel.shared_bytes <= SHARED_BYTES, kernel
         assert kernel.hgmma > 0 or not matrix, kernel
+
+
+RECORD = Path(__file__).parents[2] / "kernels/compiled.txt"
+RENEW = "pytest tests/kernels -p no:xdist -k compiled -s 2>&1 | python tests/kernels/aot.py"
+
+
+def check_recorded(compiled: list[Compiled]) -> None:
+    """The table that reviewers read has these very lines, so that a change of a kernel shows what it costs."""
+    header, *lines = RECORD.read_text().splitlines()
+    if header.split()[1] != triton.__version__:
+        return  # another compiler counts otherwise
+    for kernel in compiled:
+        assert str(kernel) in lines, f"kernels/compiled.txt lacks this line; renew it with `{RENEW}`:\n{kernel}"
+
+
+def record(output: list[str]) -> None:
+    """Put the kernels printed in a test run's output in place of the recorded ones of the same names."""
+    printed = {line.lstrip(".F") for line in output if re.match(r"[.F]*\w+_kernel .*\d+\s*$", line.rstrip())}
+    printed = {line.rstrip() for line in printed}
+    names = {line[:58] for line in printed}
+    kept = (
+        {line for line in RECORD.read_text().splitlines()[2:] if line[:58] not in names} if RECORD.exists() else set()
+    )
+    RECORD.write_text("\n".join([f"triton {triton.__version__}, sm_90", COLUMNS, *sorted(printed | kept)]) + "\n")
+
+
+if __name__ == "__main__":
+    record(sys.stdin.read().splitlines())

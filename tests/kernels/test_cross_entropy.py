@@ -271,6 +271,19 @@ def test_a_target_changed_in_place_is_looked_at_again():
         linear_cross_entropy(torch.zeros(3, 8), torch.zeros(7, 8), target)
 
 
+@pytest.mark.interpreted
+def test_without_autograd():
+    """Inference tensors do not count their changes, so their targets are looked at every time."""
+    target, inputs = targets(9, 50, 5), [random(9, 12), random(50, 12, seed=1)]
+    learning = linear_cross_entropy(inputs[0].clone().requires_grad_(), inputs[1], target)
+    with torch.inference_mode():
+        target = target.clone()
+        assert torch.equal(linear_cross_entropy(*inputs, target), learning)
+        target[0] = 50
+        with pytest.raises(ValueError, match="target: received 50"):
+            linear_cross_entropy(*inputs, target)
+
+
 def test_without_a_gpu_it_is_the_twin():
     target = targets(9, 50, 5)
     inputs = [random(9, 12), random(50, 12, seed=1)]
@@ -319,3 +332,4 @@ def test_compiled_for_hopper(dtype, dim):
     )
     assert [x.name.split()[0] for x in given] == ["row_statistics_kernel", "row_gradient_kernel"]
     aot.check([linear[1], *given], matrix=False)
+    aot.check_recorded([*linear, *given])

@@ -290,3 +290,20 @@ def test_compiled_for_hopper(dtype, vision, hidden, tanh):
     ]
     aot.check(products, matrix=dtype != FP32)
     aot.check([c for c in compiled if "copy" in c.name], matrix=False)
+    aot.check_recorded(compiled)
+
+
+@pytest.mark.compiled
+def test_compiled_for_hopper_without_options():
+    """No biases, nothing to keep for backward, and rows that a group sums before they are placed."""
+    x, fc1, fc2, into = tensors(2, 16, 128, 256, 256, 64, BF16, bias=False)
+
+    def run():
+        module._ProjectImageTokens.apply(x, fc1, fc2, None, None, into, torch.arange(32), False, None)
+        module._second_layer(x.new_empty(32, 256), fc2, None, None, x.new_empty(32, 256))
+
+    compiled = aot.compile_launches("bfloat16 plain", module, run)
+    products = [c for c in compiled if "copy" not in c.name]
+    assert len(products) == 3
+    aot.check(products)
+    aot.check_recorded(compiled)
