@@ -33,6 +33,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vlm_kernels import reference
 
@@ -517,6 +518,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, borders, ranges = ctx.saved_tensors
         w = w if w.stride(-1) == 1 else w.contiguous()
