@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlm_kernels import reference
+from vlm_kernels import cross_entropy, reference
 from vlm_kernels.cross_entropy import linear_cross_entropy, vocab_parallel_cross_entropy
 
 D, V = 4096, 32768
@@ -103,9 +103,11 @@ def test_vocab_parallel_cross_entropy(measure, provider, num_rows, share):
     )
 
 
+@pytest.mark.parametrize("piece_bytes", [cross_entropy.PIECE_BYTES, 2**23], ids=["one-piece", "six-pieces"])
 @pytest.mark.parametrize("share", [1.0, 0.06, 0.0], ids=["all-trained", "few-trained", "none-trained"])
-def test_error(share):
+def test_error(share, piece_bytes, monkeypatch):
     """Twice the error of the same formula in bf16, as in the tests, on what only a GPU runs: wgmma and cuBLAS."""
+    monkeypatch.setattr(cross_entropy, "PIECE_BYTES", piece_bytes)
     hidden, weight, target = (x.detach() for x in inputs(700, share))
     upstream = torch.randn(700, device="cuda")
 

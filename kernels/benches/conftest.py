@@ -50,15 +50,17 @@ class DeviceClock:
     """Seconds as the GPU counts them, once everything launched so far has run: what pytest-benchmark takes as timer."""
 
     def __init__(self) -> None:
-        self.start: torch.cuda.Event | None = None
+        self.last: torch.cuda.Event | None = None
+        self.seconds = 0.0
 
     def __call__(self) -> float:
         now = torch.cuda.Event(enable_timing=True)
         now.record()
         now.synchronize()
-        if self.start is None:
-            self.start = now
-        return self.start.elapsed_time(now) / 1e3
+        if self.last is not None:  # added up here, because the driver's float32 would be coarse after minutes
+            self.seconds += self.last.elapsed_time(now) / 1e3
+        self.last = now
+        return self.seconds
 
 
 device_clock = DeviceClock()

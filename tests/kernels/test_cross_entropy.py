@@ -11,6 +11,8 @@ import aot
 import pytest
 import torch
 from torch import distributed, multiprocessing
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vlm_kernels import cross_entropy as module
 from vlm_kernels import reference
@@ -269,6 +271,33 @@ def test_a_target_changed_in_place_is_looked_at_again():
     target[1] = 9
     with pytest.raises(ValueError, match="target: received 9"):
         linear_cross_entropy(torch.zeros(3, 8), torch.zeros(7, 8), target)
+
+
+class Sizes(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation of torch returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        out = function(*arguments, **(keywords or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel() * x.element_size())
+        return out
+
+
+@pytest.mark.interpreted
+def test_logits_are_never_stored(monkeypatch):
+    """200 rows, 20 of them trained, 640 words: not even the trained rows' logits exist, forwards or backwards."""
+    monkeypatch.setattr(module, "PIECE_BYTES", 1)
+    target = targets(200, 640, 20)
+    hidden, weight = random(200, 4).requires_grad_(), random(640, 4, seed=1).requires_grad_()
+    with Sizes() as sizes:
+        losses = linear_cross_entropy(hidden, weight, target)
+    assert sizes.largest == weight.numel() * 4
+    with Sizes() as sizes:
+        losses.sum().backward()
+    assert sizes.largest == weight.numel() * 4
 
 
 @pytest.mark.interpreted
