@@ -7,6 +7,7 @@ heads, G key/value heads, K head dim.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -116,8 +117,14 @@ def packed(provider: str, lengths: list[int]) -> Forward:
         return lambda: reference.attention(*leaves, causal=True, cu_seqlens=borders), leaves
     if provider == "sdpa_flash":
         varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-        leaves = tensors(*[(num_tokens, H, K)] * 3)  # it takes no fewer key heads than query heads
-        return lambda: varlen(*leaves, borders, borders, longest, longest, True), leaves
+        # It has changed between PyTorch 2.11 and 2.13: causal was a flag, and key heads as many as query heads.
+        known = inspect.signature(varlen).parameters
+        options: dict[str, object] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            leaves = tensors(*[(num_tokens, H, K)] * 3)
+        return lambda: varlen(*leaves, borders, borders, longest, longest, **options), leaves
     engine = importlib.import_module("transformer_engine.pytorch")
     layer = engine.DotProductAttention(
         H, K, num_gqa_groups=G, attention_dropout=0.0, qkv_format="thd", attn_mask_type="padding_causal"
