@@ -219,6 +219,7 @@ def test_decode_compiles_for_hopper(head_dim, dtype, monkeypatch):
     compiled = aot.compile_launches(label, MODULE, lambda: attention(q, cache, cache, causal=False, key_ranges=ranges))
     assert len(compiled) == 2
     aot.check(compiled, matrix=False)
+    aot.check_recorded(compiled)
 
 
 def launch(length, batch, groups, per_group, head_dim, causal, dtype, packed=False, ranged=False):
@@ -255,6 +256,7 @@ def test_compiles_for_hopper(label, monkeypatch):
     compiled = aot.compile_launches(label, MODULE, launch(*COMPILED[label]))
     assert len(compiled) == 3
     aot.check(compiled, matrix="fp32" not in label)
+    aot.check_recorded(compiled)
 
 
 def made(*shape, dtype=FP32):
