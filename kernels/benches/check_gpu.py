@@ -4,11 +4,13 @@
     PYTHONPATH=kernels python3 kernels/benches/check_gpu.py attention tune     times of the neighbouring tiles
 
 Errors are of parts of the result that fp64 can hold, beside those of the same formula in the inputs' type; "TOO LARGE"
-marks more than twice that. Times are medians over batches of launches between two events, on random data.
+marks more than twice that. Times are medians over batches of replayed CUDA graphs between two events, on random data;
+backward is forward and backward less forward. (`tune` and decoding time plain calls.)
 """
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import sys
 from collections.abc import Callable
@@ -65,6 +67,24 @@ def milliseconds(call: Callable[[], object], calls: int = 10, repeats: int = 7) 
     return statistics.median(times)
 
 
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a CUDA graph, so that Python's time is not measured; the call itself where it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError as error:
+        print(f"  not captured ({str(error).splitlines()[0][:100]}): Python's time counts", flush=True)
+        return call
+    return graph.replay
+
+
 def inputs_of(shape: Shape, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """q, k, v as views of Megatron's fused projection, the upstream gradient, the borders."""
     torch.manual_seed(0)
@@ -118,7 +138,10 @@ def peers(shape: Shape, views: list[Tensor], borders: Tensor | None) -> dict[str
 
         per_group, longest = shape.heads // shape.groups, max(shape.lengths)
         q, k, v = (x.contiguous().requires_grad_() for x in (q, *(y.repeat_interleave(per_group, 1) for y in (k, v))))
-        return {"varlen (FA2, KV repeated)": lambda: varlen_attn(q, k, v, borders, borders, longest, longest, True)}
+        named = "is_causal" in inspect.signature(varlen_attn).parameters  # PyTorch 2.10; a window since then
+        causal = {"is_causal": True} if named else {"window_size": (-1, 0)}
+        lengths = (borders, borders, longest, longest)
+        return {"varlen (FA2, KV repeated)": lambda: varlen_attn(q, k, v, *lengths, **causal)}
     q, k, v = (x.permute(1, 2, 0, 3).contiguous().requires_grad_() for x in (q, k, v))
 
     def sdpa(backend: SDPBackend) -> Callable[[], Tensor]:
@@ -135,11 +158,10 @@ def peers(shape: Shape, views: list[Tensor], borders: Tensor | None) -> dict[str
 
 def timed(name: str, shape: Shape, forward: Callable[[], Tensor]) -> None:
     try:
-        ahead = milliseconds(lambda: forward().detach())
         out = forward()
-        nodes = _leaves(out)
-        w = torch.randn_like(out)
-        back = milliseconds(lambda: torch.autograd.grad(out, nodes, w, retain_graph=True))
+        leaves, w = _leaves(out), torch.randn_like(out)
+        ahead = milliseconds(captured(forward))
+        back = milliseconds(captured(lambda: torch.autograd.grad(forward(), leaves, w))) - ahead
     except Exception as error:  # a peer that this PyTorch or GPU lacks is a line, not the end
         print(f"  {name:28} failed: {type(error).__name__}: {str(error).splitlines()[0][:150]}", flush=True)
         return

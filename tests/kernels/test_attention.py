@@ -81,6 +81,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
         pytest.param(577, 1, 1, 1, 64, False, FP32, id="clip-577=9x64+1:one-row-and-one-key-in-the-last-tiles"),
         pytest.param(200, 2, 4, 1, 128, True, FP32, id="mistral-gqa-4:two-samples"),
         pytest.param(65, 1, 8, 1, 64, True, FP32, id="one-kv-head-for-8:ragged-by-one"),
+        pytest.param(33, 1, 6, 2, 64, True, FP32, id="gqa-3:no-power-of-two"),
         pytest.param(128, 2, 3, 3, 64, True, FP32, id="no-gqa:whole-tiles-only"),
         pytest.param(1, 2, 4, 2, 128, True, FP32, id="one-token"),
         pytest.param(50, 1, 4, 2, 128, False, FP32, id="full-gqa:fewer-keys-than-a-tile"),
