@@ -36,6 +36,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vlm_kernels import reference
 
@@ -85,7 +86,12 @@ def _logits_tile(
     return acc * LOG2_E
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_words", "num_runs", "run_words", "first_word"])
+# The number of trained rows changes from step to step: neither it nor where a row of statistics then begins may compile
+# a kernel anew.
+@triton.jit(
+    do_not_specialize=["num_rows", "num_words", "num_runs", "run_words", "first_word"],
+    do_not_specialize_on_alignment=["picked_ptr", "top_ptr", "total_ptr"],
+)
 def _statistics_kernel(
     h_ptr, w_ptr, target_ptr,  # [R, D], [V, D], [R] int64 into the whole vocabulary
     top_ptr, total_ptr, picked_ptr,  # fp32 [S, R], [S, R], [R]
@@ -128,7 +134,10 @@ def _statistics_kernel(
     tl.store(picked_ptr + row, picked, mask=inside & (target >= low) & (target < high))
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_runs"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_runs"],
+    do_not_specialize_on_alignment=["top_ptr", "total_ptr", "merged_top_ptr", "merged_total_ptr"],
+)
 def _merge_kernel(
     top_ptr, total_ptr,  # fp32 [S, R] of the runs
     merged_top_ptr, merged_total_ptr,  # fp32 [R]
@@ -270,6 +279,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss if kept is None else loss.new_zeros(num_rows).index_copy_(0, kept, loss)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, target, kept, lse = ctx.saved_tensors
         need_h, need_w = ctx.needs_input_grad[:2]
@@ -385,6 +395,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return loss.masked_fill_(target == ignore_index, 0.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, lse = ctx.saved_tensors
         num_rows, num_words = logits.shape

@@ -36,6 +36,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vlm_kernels import reference
 
@@ -280,6 +281,7 @@ class _ProjectImageTokens(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, fc1, fc2, positions, taken, u = ctx.saved_tensors
         need_x, need_fc1, need_fc2, need_b1, need_b2, need_into = ctx.needs_input_grad[:6]

@@ -64,7 +64,8 @@ def compile_launch(label, kernel, arguments, keywords) -> Compiled:
             constexprs[name] = value
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]
+            if not kernel.params[position].do_not_specialize_on_alignment:
+                attributes[(position,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:

@@ -301,6 +301,20 @@ def test_logits_are_never_stored(monkeypatch):
 
 
 @pytest.mark.interpreted
+def test_second_derivatives_are_refused():
+    target = targets(9, 50, 5)
+    hidden, weight = random(9, 12).requires_grad_(), random(50, 12, seed=1).requires_grad_()
+    logits = random(9, 50).requires_grad_()
+    for losses, leaf in (
+        (linear_cross_entropy(hidden, weight, target), hidden),
+        (vocab_parallel_cross_entropy(logits, target), logits),
+    ):
+        (gradient,) = torch.autograd.grad(losses.square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
+
+@pytest.mark.interpreted
 def test_without_autograd():
     """Inference tensors do not count their changes, so their targets are looked at every time."""
     target, inputs = targets(9, 50, 5), [random(9, 12), random(50, 12, seed=1)]

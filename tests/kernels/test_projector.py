@@ -239,6 +239,15 @@ def test_bad_input_is_refused_by_name(change, message, call):
 
 
 @pytest.mark.interpreted
+def test_second_derivatives_are_refused():
+    inputs = [x.requires_grad_() for x in tensors(2, 7, 24, 40, 36, 20)]
+    out = kernel(scattered(14, 20))(*inputs)
+    (gradient,) = torch.autograd.grad(out.square().sum(), inputs[1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.interpreted
 @pytest.mark.parametrize("name", ["features", "fc1", "fc2", "into"])
 def test_layouts_and_types_that_the_kernels_do_not_read_are_refused(name):
     given = {
