@@ -202,7 +202,7 @@ def test_loss_is_float32_of_bfloat16_logits():
             lambda x: reference.project_image_tokens(
                 x(2, 4, 5), x(7, 5), x(6, 7), into=x(9, 6), positions=torch.arange(6), activation="relu"
             ),
-            "activation: only 'gelu' has a name, received 'relu'",
+            r"activation: expected a function or one of \['gelu', 'gelu_tanh'\], received 'relu'",
         ),
         (
             lambda x: reference.linear_cross_entropy(x(3, 5), x(7, 6), torch.arange(3)),
