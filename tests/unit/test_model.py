@@ -6,10 +6,12 @@ import model_fixtures as fixtures
 import pytest
 import torch
 
+import vlm_kernels
 from vlm import parallel
 from vlm.model import build
 from vlm.model.language import hidden_keys
 from vlm.model.sizes import language_sizes, vision_sizes
+from vlm.model.specs import provider
 
 LANGUAGE, VISION = fixtures.LANGUAGE, fixtures.VISION
 
@@ -134,10 +136,20 @@ def test_projector_starts_from_the_settings_and_the_seed(model):
     ]
 
 
-@pytest.mark.parametrize("backend", ["triton", "transformer_engine"])
-def test_backends_to_come_are_refused_by_name(backend):
-    with pytest.raises(ValueError, match=f"kernels.backend: '{backend}' is not built yet; set it to one of torch"):
-        build(LANGUAGE, VISION, fixtures.settings(backend=backend))
+def test_the_triton_backend_takes_our_functions_and_the_torch_backend_their_twins():
+    ours, plain = provider("triton"), provider("torch")
+    assert ours.linear_cross_entropy is vlm_kernels.linear_cross_entropy
+    assert ours.project_image_tokens is vlm_kernels.project_image_tokens
+    assert ours.core_attention.attention is vlm_kernels.attention
+    assert plain.linear_cross_entropy is vlm_kernels.reference.linear_cross_entropy
+    assert plain.project_image_tokens is vlm_kernels.reference.project_image_tokens
+    assert plain.core_attention.attention is vlm_kernels.reference.attention
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it may be there")
+def test_transformer_engine_without_a_gpu_is_refused_by_name():
+    with pytest.raises(RuntimeError, match="kernels.backend: transformer_engine needs a GPU"):
+        build(LANGUAGE, VISION, fixtures.settings(backend="transformer_engine"))
 
 
 def test_pipeline_is_refused_by_name():

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import functional
 
-import vlm_kernels
+from vlm_kernels import reference
 
 
 class Norm(torch.nn.Module):
@@ -51,7 +51,7 @@ class Norm(torch.nn.Module):
 class CoreAttention(torch.nn.Module):
     """megatron-core's core-attention slot around a function with the signature of vlm_kernels.attention."""
 
-    attention: Callable[..., Tensor] = staticmethod(vlm_kernels.attention)
+    attention: Callable[..., Tensor] = staticmethod(reference.attention)
 
     def __init__(self, config: TransformerConfig, attn_mask_type: AttnMaskType, **_: Any) -> None:
         super().__init__()

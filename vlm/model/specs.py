@@ -1,13 +1,13 @@
 """Spec providers: which modules fill megatron-core's slots, by `kernels.backend`.
 
-A provider is a small class; `torch` is complete, the names of the others are kept free and refused by name. All read
-the same checkpoints, because the modules keep megatron-core's parameter names.
+A provider is a small class. All read the same checkpoints, because the modules keep megatron-core's parameter names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -20,6 +20,7 @@ from torch import Tensor
 import vlm_kernels
 from vlm.model import cpu
 from vlm.model.layers import CoreAttention, Layer, Norm, SelfAttention, SwiGLU, residual_add
+from vlm_kernels import reference
 
 
 class TorchSpecs:
@@ -27,10 +28,10 @@ class TorchSpecs:
 
     column_linear: type = cpu.linear(ColumnParallelLinear)
     row_linear: type = cpu.linear(RowParallelLinear)
-    norm: type = Norm
+    norm: Callable[..., torch.nn.Module] = Norm
     core_attention: type = CoreAttention
-    linear_cross_entropy: Callable[..., Tensor] = staticmethod(vlm_kernels.linear_cross_entropy)
-    project_image_tokens: Callable[..., Tensor] = staticmethod(vlm_kernels.project_image_tokens)
+    linear_cross_entropy: Callable[..., Tensor] = staticmethod(reference.linear_cross_entropy)
+    project_image_tokens: Callable[..., Tensor] = staticmethod(reference.project_image_tokens)
 
     def mlp(self, gated: bool = False) -> MLPSubmodules:
         """Two linear layers; `gated` puts SwiGLU between them, else the configuration's activation."""
@@ -61,17 +62,38 @@ class TorchSpecs:
         return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=self.norm)
 
 
-PROVIDERS: dict[str, type[TorchSpecs]] = {"torch": TorchSpecs}
-PLANNED = ("triton", "transformer_engine")
+class TritonAttention(CoreAttention):
+    attention = staticmethod(vlm_kernels.attention)
+
+
+class TritonSpecs(TorchSpecs):
+    """Our kernels. On the CPU they are their plain twins, so this backend then equals `torch`."""
+
+    core_attention = TritonAttention
+    linear_cross_entropy = staticmethod(vlm_kernels.linear_cross_entropy)
+    project_image_tokens = staticmethod(vlm_kernels.project_image_tokens)
 
 
 def provider(backend: str) -> TorchSpecs:
     """The provider named by `kernels.backend`.
 
     Raises:
-        ValueError: the backend does not exist, or not yet.
+        ValueError: the backend does not exist.
+        RuntimeError: Transformer Engine is not installed, or there is no GPU for it.
     """
-    if backend in PROVIDERS:
-        return PROVIDERS[backend]()
-    state = "is not built yet" if backend in PLANNED else "does not exist"
-    raise ValueError(f"kernels.backend: {backend!r} {state}; set it to one of {', '.join(PROVIDERS)}")
+    if backend == "torch":
+        return TorchSpecs()
+    if backend == "triton":
+        return TritonSpecs()
+    if backend != "transformer_engine":
+        raise ValueError(f"kernels.backend: {backend!r} does not exist; set it to torch, triton or transformer_engine")
+    if not torch.cuda.is_available():
+        raise RuntimeError("kernels.backend: transformer_engine needs a GPU, and PyTorch sees none; set it to torch")
+    try:
+        from vlm.model.transformer_engine import TransformerEngineSpecs
+    except ImportError as error:
+        raise RuntimeError(
+            f"kernels.backend: transformer_engine cannot be imported ({error}); pip install 'vlm[gpu]', or set it to "
+            "triton or torch"
+        ) from error
+    return TransformerEngineSpecs()
