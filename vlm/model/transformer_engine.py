@@ -32,13 +32,15 @@ class _LayerNorm(te.LayerNorm):
     set_extra_state = torch.nn.Module.set_extra_state
 
 
-def norm(config: TransformerConfig, hidden_size: int, eps: float) -> torch.nn.Module:
-    """RMSNorm or LayerNorm as `config.normalization` says."""
-    kind = _LayerNorm if config.normalization == "LayerNorm" else _RMSNorm
-    module = kind(hidden_size, eps=eps, dtype=config.params_dtype, device="cuda")
-    for parameter in module.parameters():
-        vars(parameter)["sequence_parallel"] = config.sequence_parallel
-    return module
+class Norm:
+    """Builds RMSNorm or LayerNorm as `config.normalization` says. A class, since megatron-core calls no function."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> torch.nn.Module:
+        kind = _LayerNorm if config.normalization == "LayerNorm" else _RMSNorm
+        module = kind(hidden_size, eps=eps, dtype=config.params_dtype, device="cuda")
+        for parameter in module.parameters():
+            vars(parameter)["sequence_parallel"] = config.sequence_parallel
+        return module
 
 
 class Attention(CoreAttention):
@@ -101,6 +103,6 @@ def linear_cross_entropy(
 class TransformerEngineSpecs(TorchSpecs):
     """Attention, norms and loss from Transformer Engine; linear layers stay megatron-core's, which call cuBLAS."""
 
-    norm = staticmethod(norm)
+    norm = Norm
     core_attention = Attention
     linear_cross_entropy = staticmethod(linear_cross_entropy)
