@@ -1,4 +1,4 @@
-"""Text files that other people's tools read and write: complete or absent, and refused by name when they are broken.
+"""Files and folders that are complete or absent, and refused by name when they are broken.
 
 Standard library only, so that a command that needs neither torch nor a GPU can use it.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ def write_text(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     beside.replace(path)
+    _sync_one(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -76,3 +80,54 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def sync(path: Path) -> None:
+    """Flush a folder, all below it, and the entry in the folder above to disk."""
+    for folder, _, names in os.walk(path):
+        for name in [*names, "."]:
+            _sync_one(Path(folder) / name)
+    _sync_one(path.parent)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def beside(out: Path) -> Path:
+    """A fresh empty folder beside `out`, where its content is prepared."""
+    folder = out.parent / f".{out.name}.writing"
+    if folder.exists():  # left by an interrupted run
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def put_in_place(folder: Path, out: Path) -> None:
+    """Flush a prepared folder and give it its name. What was there before goes only now."""
+    sync(folder)
+    old = out.parent / f".{out.name}.replaced"
+    if old.exists():
+        shutil.rmtree(old)
+    if out.exists():
+        out.rename(old)
+    folder.rename(out)
+    _sync_one(out.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[Path]:
+    """Prepare a folder beside `out`, and rename it when the block ends well; else nothing of it is left."""
+    folder = beside(Path(out))
+    try:
+        yield folder
+        put_in_place(folder, Path(out))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -129,7 +129,7 @@ def test_same_seed_same_run(runs, tmp_path, stage):
         pytest.param("vlm.train.step:Step.__call__", 3, id="before-the-first-checkpoint"),
         pytest.param("vlm.train.step:Step.__call__", 9, id="in-the-middle-of-a-log-interval"),
         pytest.param("vlm.checkpoint.model:write_state", 2, id="in-a-save"),
-        pytest.param("vlm.checkpoint.places:put_in_place", 2, id="saved-but-not-named"),
+        pytest.param("vlm.files:put_in_place", 2, id="saved-but-not-named"),
         pytest.param("vlm.checkpoint.places:point_to", 2, id="named-but-not-latest"),
         pytest.param("vlm.checkpoint.places:point_to", 4, id="last-checkpoint-not-latest"),
         pytest.param("vlm.files:write_json", 6, id="finished-but-not-said"),

@@ -54,7 +54,7 @@ def test_a_local_model_is_linked_without_its_pickles(tmp_path: Path) -> None:
     ("content", "words"),
     [
         pytest.param({"config.json": b"{}", "pytorch_model.bin": b""}, "only pytorch_model.bin", id="pickles-only"),
-        pytest.param({"config.json": b"{}"}, "no weights", id="no-weights"),
+        pytest.param({"config.json": b"{}"}, "no safetensors", id="no-weights"),
         pytest.param({"model.safetensors": b""}, "no config.json", id="no-config"),
     ],
 )

@@ -11,7 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from vlm.checkpoint.manifest import PARTS, Manifest, Parent, read_manifest
-from vlm.checkpoint.places import chain, huggingface, latest, resolve, writing
+from vlm.checkpoint.places import chain, huggingface, latest, resolve
+from vlm.files import writing
 
 if TYPE_CHECKING:
     from vlm.checkpoint.model import load_model, save

@@ -17,7 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import distributed
 
-from vlm.checkpoint import places
+from vlm import files
 from vlm.checkpoint.manifest import Manifest
 from vlm.checkpoint.tensors import METADATA, Tensors, Writer, own_errors
 
@@ -126,7 +126,7 @@ def writing_together(out: Path, manifest: Manifest, side_files: Path | None) -> 
     """As `vlm.checkpoint.writing`, for a folder that all ranks write into; the first adds what is not theirs."""
     folder = out.parent / f".{out.name}.writing"
     if is_first():
-        places.beside(out)
+        files.beside(out)
     barrier()
     try:
         yield folder
@@ -135,7 +135,7 @@ def writing_together(out: Path, manifest: Manifest, side_files: Path | None) -> 
             if side_files is not None:
                 shutil.copytree(side_files / "huggingface", folder / "huggingface")
             manifest.write(folder)
-            places.put_in_place(folder, out)
+            files.put_in_place(folder, out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

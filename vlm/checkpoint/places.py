@@ -1,13 +1,12 @@
-"""Where checkpoints lie, and how a folder appears whole or not at all. Imports no torch."""
+"""Where checkpoints lie. Imports no torch."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from vlm import files
 from vlm.checkpoint.manifest import NAME, Manifest, read_manifest
 
 CHECKPOINTS = "checkpoints"
@@ -81,64 +80,19 @@ def huggingface(checkpoint: Path, part: str) -> Path:
     return checkpoint / "huggingface" / part
 
 
-def sync(path: Path) -> None:
-    """Flush a folder, all below it, and the entry in the folder above to disk."""
-    for folder, _, names in os.walk(path):
-        for name in [*names, "."]:
-            _sync_one(Path(folder) / name)
-    _sync_one(path.parent)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def beside(out: Path) -> Path:
-    """A fresh empty folder beside `out`, where its content is prepared."""
-    folder = out.parent / f".{out.name}.writing"
-    if folder.exists():  # left by an interrupted run
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    return folder
-
-
-def put_in_place(folder: Path, out: Path) -> None:
-    """Flush a prepared folder and give it its name. What was there before goes only now."""
-    sync(folder)
-    old = out.parent / f".{out.name}.replaced"
-    if old.exists():
-        shutil.rmtree(old)
-    if out.exists():
-        out.rename(old)
-    folder.rename(out)
-    _sync_one(out.parent)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[Path]:
-    """Prepare a folder beside `out`, and rename it when the block ends well; else nothing of it is left."""
-    folder = beside(Path(out))
-    try:
-        yield folder
-        put_in_place(folder, Path(out))
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
 def point_to(checkpoint: Path) -> None:
     """Make a checkpoint the newest of its folder. Called when it is complete and on disk."""
-    pointer = checkpoint.parent / LATEST
-    prepared = checkpoint.parent / f".{LATEST}.writing"
-    with open(prepared, "w") as stream:
-        stream.write(checkpoint.name + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    prepared.rename(pointer)
-    _sync_one(pointer.parent)
+    files.write_text(checkpoint.parent / LATEST, checkpoint.name + "\n")
+
+
+def prune(stage: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints of a stage's folder.
+
+    A removed one loses its manifest first, so that what an interruption leaves of it is not taken for a checkpoint.
+    """
+    folders = sorted(folder for folder in (stage / CHECKPOINTS).glob("iteration_*") if (folder / NAME).is_file())
+    for folder in folders[:-keep]:
+        (folder / NAME).unlink()
+    for folder in (stage / CHECKPOINTS).glob("iteration_*"):
+        if not (folder / NAME).is_file():
+            shutil.rmtree(folder)

@@ -21,6 +21,9 @@ from vlm.checkpoint import model as models
 from vlm.checkpoint import places
 from vlm.checkpoint.manifest import PARTS, Manifest, Parent, read_manifest
 
+KEPT = 2
+"""Checkpoints of a stage that stay: the newest, and one before it. A 7B model with its optimizer takes about 100 GB."""
+
 
 @dataclass(frozen=True)
 class Resumed:
@@ -57,7 +60,8 @@ def save_stage(
     loader: bytes = b"",
     extra: dict[str, Any] | None = None,
 ) -> Path:
-    """Save a stage at an iteration; `latest` moves to it when it is complete and on disk. Called by all ranks.
+    """Save a stage at an iteration; `latest` moves to it when it is complete and on disk, and all but the
+    newest KEPT go. Called by all ranks.
 
     Args:
         out: the stage's folder; the checkpoint becomes `out/checkpoints/iteration_0000200`.
@@ -101,6 +105,7 @@ def save_stage(
         torch.save(own, _rank_file(folder, _rank()))
     if models.is_first():
         places.point_to(destination)
+        places.prune(out, keep=KEPT)
     models.barrier()
     return destination
 

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import random
-import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -142,24 +141,29 @@ def shard(config: Path, set_name: str, source: Path, out: Path) -> None:
     if data.too_many():
         data.refuse(report, complete=True)
 
-    writing = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    splits = {name: _Shards(writing, name, data_set.samples_per_shard) for name in ("shard", "validation")}
-    progress = tqdm(_members(data, order), total=len(order), desc=f"shard {set_name}", unit="sample", mininterval=0.5)
-    for place, (index, members) in enumerate(progress):
-        if members is not None:
-            splits["validation" if place < num_validation else "shard"].add(f"{index:09d}", members)
-        elif data.too_many():
-            data.refuse(report, complete=False)
-    for split in splits.values():
-        split.close()
-    if splits["shard"].num_samples == 0:
-        raise ValueError(f"{annotations}: no sample is left for training; see data.sets.{set_name}.validation_share")
-    data.write_report(writing / "rejected.json")
-    counts = {"train": splits["shard"].num_samples, "validation": splits["validation"].num_samples}
-    files.write_json(writing / "shards.json", {"data_set": set_name, **counts, "rejected": len(data.rejected)})
-    _replace(writing, out)
+    with files.writing(out) as writing:
+        splits = {name: _Shards(writing, name, data_set.samples_per_shard) for name in ("shard", "validation")}
+        members_of = tqdm(
+            _members(data, order), total=len(order), desc=f"shard {set_name}", unit="sample", mininterval=0.5
+        )
+        for place, (index, members) in enumerate(members_of):
+            if members is not None:
+                splits["validation" if place < num_validation else "shard"].add(f"{index:09d}", members)
+            elif data.too_many():
+                data.refuse(report, complete=False)
+        for split in splits.values():
+            split.close()
+        if splits["shard"].num_samples == 0:
+            raise ValueError(
+                f"{annotations}: no sample is left for training; see data.sets.{set_name}.validation_share"
+            )
+        data.write_report(writing / "rejected.json")
+        counts = {"train": splits["shard"].num_samples, "validation": splits["validation"].num_samples}
+        files.write_json(writing / "shards.json", {"data_set": set_name, **counts, "rejected": len(data.rejected)})
+    print(
+        f"{set_name}: {counts['train']} training and {counts['validation']} validation samples, "
+        f"{len(data.rejected)} rejected ({out / 'rejected.json'})"
+    )
     report.unlink(missing_ok=True)
 
 
@@ -228,16 +232,3 @@ def _members(data: _Source, order: Sequence[int]) -> Iterator[tuple[int, dict[st
                 if isinstance(result, str):
                     data.reject(index, result)
                 yield index, None if isinstance(result, str) else result
-
-
-def _replace(writing: Path, out: Path) -> None:
-    """Put the finished folder in its place; an older one goes aside first, since a folder cannot be overwritten."""
-    for path in writing.iterdir():
-        with open(path, "rb") as stream:
-            os.fsync(stream.fileno())
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    writing.rename(out)
-    shutil.rmtree(old, ignore_errors=True)

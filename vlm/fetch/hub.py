@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 MODEL_FILES = ("*.json", "*.safetensors", "tokenizer.model*", "*.txt", "*.jinja", "README.md", "LICENSE*")
 """What a model is read from. Pickles (`*.bin`, `*.pt`, `*.pth`) run code when they are opened and are not fetched."""
+TWINS = ("consolidated*.safetensors",)
+"""The same weights once more, in the layout of Mistral's own programs: 14.5 GB that nothing here reads."""
 
 
 def fetch(source: str, out: Path, revision: str = "main", kind: Literal["model", "dataset"] = "model") -> None:
@@ -62,7 +64,7 @@ def _check_model(source: str, folder: Path, names: set[str]) -> None:
         raise ValueError(f"{source}: has no config.json, so it is not a model in Hugging Face format")
     if not any(name.endswith(".safetensors") for name in names):
         pickles = sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".bin", ".pt", ".pth"))
-        found = f"only {', '.join(pickles)}" if pickles else "no weights"
+        found = f"only {', '.join(pickles)}" if pickles else "no safetensors"
         raise ValueError(
             f"{source}: has {found}, and weights are read from safetensors alone, since a pickle runs code when it is "
             "opened; name a revision or a folder with safetensors"
@@ -76,9 +78,13 @@ def _download(source: str, revision: str, kind: Literal["model", "dataset"]) -> 
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ValueError(f"{source}: there is no such folder, and it is not a Hub repository `owner/name` either")
     where = f"{source} (revision {revision}) on {constants.ENDPOINT}"
-    patterns = list(MODEL_FILES) if kind == "model" else None
+    patterns, ignored = (list(MODEL_FILES), list(TWINS)) if kind == "model" else (None, None)
     try:
-        return Path(snapshot_download(source, repo_type=kind, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                source, repo_type=kind, revision=revision, allow_patterns=patterns, ignore_patterns=ignored
+            )
+        )
     except errors.GatedRepoError:
         raise ValueError(
             f"{where}: its owner asks you to accept terms; do so on its page, then set HF_TOKEN or run `hf auth login`"

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+from vlm import files
 from vlm.tiny import scenes, text
 
 CONTROL_TOKENS = (
@@ -188,11 +189,8 @@ def embed(model: MistralForCausalLM, ids_BT3: Tensor, mixed_B: Tensor, generator
 def train(out: Path, seed: int = 0, steps: int | None = None, workers: int = 0, device: str | None = None) -> None:
     """Train tokenizer and model from nothing and write a Hugging Face folder with its model card.
 
-    Raises:
-        ValueError: `out` exists and is not empty.
+    What was in `out` is replaced when the new model is complete.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: name another folder with --out, or remove it")
     steps = steps or STEPS
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     started = time.time()
@@ -227,10 +225,10 @@ def train(out: Path, seed: int = 0, steps: int | None = None, workers: int = 0, 
         if step + 1 == steps:
             break
     bar.close()
-    out.mkdir(parents=True, exist_ok=True)
-    model.to("cpu", torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    _write_card(out, seed, steps, smooth, time.time() - started, device, sum(p.numel() for p in model.parameters()))
+    with files.writing(out) as folder:
+        model.to("cpu", torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        _write_card(folder, seed, steps, smooth, time.time() - started, device, model.num_parameters())
 
 
 def _write_card(out: Path, seed: int, steps: int, loss: float, seconds: float, device: str, parameters: int) -> None:
@@ -248,6 +246,7 @@ tokens and chat format. It answers from pictures spelt out in words, and stands 
 miniature recipe.
 
 - Data: {steps * BATCH:,} conversations about random scenes, made as they are needed (`vlm/tiny/text.py`); text only.
+  Unlike the vision model it has met the held-out pairs of colour and shape, as words; it has seen no picture at all.
 - Command: `vlm tiny language --out resources/tiny/language --seed {seed} --steps {steps}`
 - Training: AdamW, peak learning rate {LEARNING_RATE:g}, one cycle, batch {BATCH}, {steps:,} steps,
   {seconds / 60:.0f} minutes on {name}

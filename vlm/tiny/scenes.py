@@ -1,7 +1,8 @@
 """Scenes of a few shapes: small enough to be learnt in minutes, rich enough that attributes must be bound to objects.
 
-A scene is sampled, described (`vlm.tiny.text`) and rendered. Some colour-shape pairs are never shown in training and
-appear only in test scenes, so that a good score cannot come from memory.
+A scene is sampled, described (`vlm.tiny.text`) and rendered. Some colour-shape pairs are in no training picture,
+neither of the vision model nor of the recipe, and appear only in test scenes, so that a good score cannot come from
+memory. The language model knows them as words.
 """
 
 from __future__ import annotations

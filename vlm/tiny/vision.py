@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from vlm import files
 from vlm.tiny import scenes, text
 from vlm.tiny.scenes import Scene
 
@@ -142,11 +143,8 @@ def contrast(
 def train(out: Path, seed: int = 0, steps: int | None = None, workers: int = 0, device: str | None = None) -> None:
     """Train the tower from nothing and write a Hugging Face folder with its model card.
 
-    Raises:
-        ValueError: `out` exists and is not empty.
+    What was in `out` is replaced when the new model is complete.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: name another folder with --out, or remove it")
     steps = steps or STEPS
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     started = time.time()
@@ -177,10 +175,10 @@ def train(out: Path, seed: int = 0, steps: int | None = None, workers: int = 0, 
         if step + 1 == steps:
             break
     bar.close()
-    out.mkdir(parents=True, exist_ok=True)
-    tower.to("cpu", torch.bfloat16).save_pretrained(out)
-    _write_processor(out)
-    _write_card(out, seed, steps, shown_loss, shown_right, time.time() - started, device, tower.num_parameters())
+    with files.writing(out) as folder:
+        tower.to("cpu", torch.bfloat16).save_pretrained(folder)
+        _write_processor(folder)
+        _write_card(folder, seed, steps, shown_loss, shown_right, time.time() - started, device, tower.num_parameters())
 
 
 def _write_processor(out: Path) -> None:

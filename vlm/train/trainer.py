@@ -201,6 +201,12 @@ class Trainer:
             "rejected": len(rejected),
         }
         files.write_json(self.plan.out / "finished.json", report)
+        if rejected:
+            print(
+                f"{self.plan.stage}: {len(rejected)} samples could not be used; {self.plan.out / 'rejected.json'} "
+                "says which and why",
+                file=sys.stderr,
+            )
 
 
 def _build_model(plan: Plan) -> Any:

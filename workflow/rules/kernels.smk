@@ -1,0 +1,10 @@
+# The kernels beside their peers, on a GPU; without one the benches say so and skip. Not part of `all`.
+rule kernel_benches:
+    log:
+        "<logs>/kernels/benches.log",
+    benchmark:
+        "<benchmarks>/kernels/benches.tsv"
+    message:
+        "Timing the kernels"
+    shell:
+        "pytest kernels/benches -rs 2>&1 | tee {log}"
