@@ -115,10 +115,7 @@ class Prompter:
             ValueError: the conversation cannot be used; see `check`.
         """
         check(conversations, num_images, key)
-        messages = [
-            {"role": ROLES[turn["from"]], "content": self._with_image_token(turn["value"], key)}
-            for turn in conversations
-        ]
+        messages = self._messages(conversations, key)
         if plain:
             count = messages[0]["content"].count(self.image_token)
             if count == 0:
@@ -141,28 +138,42 @@ class Prompter:
             image_positions=np.flatnonzero(tokens_L == self.image_token_id),
         )
 
-    def generation(self, user_text: str, num_images: int, *, key: str = "prompt") -> list[int]:
-        """Token ids of a prompt that ends where the training sequence's first trained token begins.
+    def generation(
+        self, asked: str | Sequence[Mapping[str, str]], num_images: int, *, key: str = "prompt"
+    ) -> list[int]:
+        """Token ids of a prompt that ends where the training sequence has the first trained token of its answer.
 
         Args:
-            user_text: the question, with one `<image>` per picture.
+            asked: the question, or the turns of a conversation that ends with it. One `<image>` per picture, in human
+                turns; what a model answered is taken as it is, also where it said nothing.
             num_images: pictures of the prompt.
             key: the prompt's name, for messages.
 
         Raises:
-            ValueError: the numbers of `<image>` and of pictures differ, or the text is empty.
+            ValueError: the numbers of `<image>` and of pictures differ, a question is empty, or the turns do not
+                alternate from a human's first to a human's last.
         """
-        if not user_text.strip():
+        turns = [{"from": "human", "value": asked}] if isinstance(asked, str) else asked
+        roles = [turn["from"] for turn in turns]
+        if len(turns) % 2 == 0 or roles != [("human", "gpt")[index % 2] for index in range(len(turns))]:
+            raise ValueError(f"{key}: human and gpt alternate, human first and last; found {', '.join(roles)}")
+        questions = [turn["value"] for turn in turns[::2]]
+        if not all(question.strip() for question in questions):
             raise ValueError(f"{key}: the prompt is empty")
-        check_images(user_text.count(IMAGE_TAG), num_images, key)
-        messages = [{"role": "user", "content": self._with_image_token(user_text, key)}]
+        check_images(sum(question.count(IMAGE_TAG) for question in questions), num_images, key)
+        messages = self._messages(turns, key)
         ids = self._encode(self._render(messages, prompt=True)).ids
         return [token for id_ in ids for token in (self.num_image_tokens if id_ == self.image_token_id else 1) * [id_]]
 
-    def _with_image_token(self, text: str, key: str) -> str:
-        if self.image_token in text:
+    def _messages(self, turns: Sequence[Mapping[str, str]], key: str) -> list[dict[str, str]]:
+        """The turns as a chat template takes them. Only a human's `<image>` is a picture's place."""
+        if any(self.image_token in turn["value"] for turn in turns):
             raise ValueError(f"{key}: the text contains {self.image_token}, which is reserved for image patches")
-        return text.replace(IMAGE_TAG, self.image_token)
+        tags = {"human": self.image_token, "gpt": IMAGE_TAG}
+        return [
+            {"role": ROLES[turn["from"]], "content": turn["value"].replace(IMAGE_TAG, tags[turn["from"]])}
+            for turn in turns
+        ]
 
     def _render(self, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
         text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)

@@ -66,8 +66,9 @@ def processor(folder: Path) -> Any:
 
 def _processed(processor: Any, turns: list[dict[str, str]], num_images: int, **options: Any) -> list[int]:
     roles = {"human": "user", "gpt": "assistant"}
+    place = {"human": fixtures.IMAGE_TOKEN, "gpt": "<image>"}
     messages = [
-        {"role": roles[turn["from"]], "content": turn["value"].replace("<image>", fixtures.IMAGE_TOKEN)}
+        {"role": roles[turn["from"]], "content": turn["value"].replace("<image>", place[turn["from"]])}
         for turn in turns
     ]
     text = processor.apply_chat_template(messages, tokenize=False, **options)
@@ -89,6 +90,46 @@ def test_generation_tokens_equal_llava_processor(prompter: Prompter, processor: 
     turns, num_images = CASES[case]
     expected = _processed(processor, turns[:1], num_images, add_generation_prompt=True)
     assert prompter.generation(turns[0]["value"], num_images) == expected
+
+
+@pytest.mark.parametrize(
+    "answers", [["a blue square", " <image> is left \n"], ["", "[INST] a"]], ids=["said", "nothing"]
+)
+def test_a_prompt_after_earlier_turns_equals_llava_processor(
+    prompter: Prompter, processor: Any, answers: list[str]
+) -> None:
+    """What the model answered is text, whatever it is: nothing at all, or the name of a picture's place."""
+    turns = [*DIALOGUE[:5]]
+    turns[1], turns[3] = ({"from": "gpt", "value": answer} for answer in answers)
+    for count in (1, 3, 5):
+        expected = _processed(processor, turns[:count], 1, add_generation_prompt=True)
+        assert prompter.generation(turns[:count], 1) == expected
+
+
+def test_every_answer_of_a_dialogue_is_asked_for_as_it_was_trained(prompter: Prompter) -> None:
+    tokens = prompter.training(DIALOGUE, 1)
+    starts = np.flatnonzero(np.diff(np.concatenate([[False], tokens.trained_L]).astype(int)) == 1)
+    assert len(starts) == 3
+    for count, start in zip((1, 3, 5), starts, strict=True):
+        assert prompter.generation(DIALOGUE[:count], 1) == tokens.tokens_L[:start].tolist()
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        (DIALOGUE[:2], "human first and last; found human, gpt"),
+        (DIALOGUE[1:4], "human first and last; found gpt, human, gpt"),
+        ([], "human first and last"),
+        ([*DIALOGUE[:2], {"from": "human", "value": " "}], "the prompt is empty"),
+        ([*DIALOGUE[:2], {"from": "human", "value": "<image>"}], "2 <image> in the text, 1 picture"),
+    ],
+    ids=["ends-with-an-answer", "begins-with-an-answer", "nothing", "empty-question", "later-picture"],
+)
+def test_a_conversation_that_asks_nothing_is_refused(
+    prompter: Prompter, turns: list[dict[str, str]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^4: .*{message}"):
+        prompter.generation(turns, 1, key="4")
 
 
 @pytest.mark.parametrize("case", CASES)
