@@ -101,7 +101,7 @@ def _add_generate(commands: Any) -> None:
     tasks = _command(commands, "generate", "vlm.generate.tasks:generate", "Answer every item of an evaluation task.")
     _config(tasks)
     tasks.add_argument("--checkpoint", type=Path, required=True)
-    tasks.add_argument("--task", choices=("captions", "captions_shuffled", "mmmu"), required=True)
+    tasks.add_argument("--task", choices=("captions", "captions_shuffled", "dialogue", "mmmu"), required=True)
     tasks.add_argument("--source", type=Path, required=True, help="folder of the evaluation data")
     tasks.add_argument("--out", type=Path, required=True, help="JSON lines, continued where they stop")
     ask = _command(commands, "ask", "vlm.generate.ask:ask", "Answer one question about one picture.")

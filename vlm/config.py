@@ -172,6 +172,17 @@ class Captions(Source):
     max_new_tokens: int = Field(gt=0)
 
 
+class Dialogue(Tree):
+    """What the last stage's model is asked about pictures of the captions, for the gallery."""
+
+    num_images: int = Field(gt=0)
+    """The first pictures of `evaluation.captions`, which are also those that the gallery shows."""
+    questions: tuple[str, ...] = Field(min_length=1)
+    """User turns in their order, the first after the image; each is asked with all that was said before it."""
+    max_new_tokens: int = Field(gt=0)
+    """Longest answer to each."""
+
+
 class Mmmu(Source):
     split: str
     """Parquet files `<Subject>/<split>-*.parquet` are read."""
@@ -188,6 +199,7 @@ class Evaluation(Tree):
     batch_size: int = Field(gt=0)
     """Prompts decoded together."""
     captions: Captions
+    dialogue: Dialogue
     mmmu: Mmmu
 
 

@@ -75,6 +75,16 @@ def test_mixed_lengths_answer_in_a_batch_as_alone(run: Run) -> None:
     assert [len(line["image"]) for line in together] == [1, 2, 1]
 
 
+def test_a_dialogue_goes_on_in_a_batch_as_alone(run: Run) -> None:
+    """After answers of different lengths the next turn's prompts differ in length too."""
+    asked = {"num_images": 3, "questions": ["What is this?", "How many?", "Why?"], "max_new_tokens": 12}
+    together = run.generate("dialogue", "dialogue.jsonl", batch_size=3, dialogue=asked)
+    assert together == run.generate("dialogue", "dialogue_alone.jsonl", batch_size=1, dialogue=asked)
+    first = run.generate("dialogue", "first.jsonl", dialogue=asked | {"questions": ["What is this?"]})
+    assert [line["conversation"][:2] for line in together] == [line["conversation"] for line in first]
+    assert {len(line["conversation"]) for line in together} == {6}
+
+
 def test_the_export_answers_like_the_checkpoint(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     lines = run.generate("captions", "plain.jsonl")
     exported = run.generate("captions", "exported.jsonl", checkpoint="exported")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from evaluation_fixtures import mmmu_row, write_coco, write_config, write_mmmu, 
 
 from vlm import config as configuration
 from vlm.generate import items
+from vlm.tiny import datasets
 
 IMAGES = [4, 1, 9, 12, 7]
 
@@ -57,6 +59,24 @@ def test_shuffled_pictures_are_a_derangement_by_seed(
         assert items.read_captions_shuffled(seeded, coco) == shuffled
         orders.add(tuple(str(item.image) for item in shuffled))
     assert len(orders) > 6
+
+
+def test_a_dialogue_is_about_the_first_pictures(coco: Path, tmp_path: Path) -> None:
+    dialogue = {"num_images": 3, "questions": ["What?", "Where?", "Why?"]}
+    changed = configuration.load(write_config(tmp_path / "config.yaml", evaluation={"dialogue": dialogue}))
+    read = items.read_dialogue(changed, coco)
+    captions = items.read_captions(changed, coco)[:3]
+    assert [(item.id, item.image, item.pictures) for item in read] == [
+        (item.id, item.image, item.pictures) for item in captions
+    ]
+    assert {(item.prompt, item.follow_ups) for item in read} == {("<image>\nWhat?", ("Where?", "Why?"))}
+
+
+def test_the_miniature_is_asked_what_it_has_learnt(settings: configuration.Config) -> None:
+    rng, learnt = random.Random(0), set()
+    for _ in range(2000):
+        learnt |= {question for question, _ in datasets.conversation(rng, settings)[1]}
+    assert set(settings.evaluation.dialogue.questions) <= learnt
 
 
 def mmmu(settings: configuration.Config, folder: Path, *rows: dict[str, Any]) -> list[items.Item]:

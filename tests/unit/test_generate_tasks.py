@@ -47,6 +47,18 @@ class StandIn:
         return [f"a – {prompt} of {max_new_tokens}" for prompt in prompts]
 
 
+class Talker(StandIn):
+    """Keeps what it was asked, and answers with the turns that it has heard."""
+
+    def prompt(self, asked: str | list[dict[str, str]], pictures: tuple[Any, ...], name: str) -> str:
+        heard = [asked] if isinstance(asked, str) else [turn["value"] for turn in asked]
+        return " | ".join([f"{name}:", *heard])
+
+    def answer(self, prompts: list[str], max_new_tokens: int) -> list[str]:
+        super().answer(prompts, max_new_tokens)
+        return [f"{prompt.split(':')[0]} heard {prompt.count('|')}" for prompt in prompts]
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., StandIn]:
     write_coco(tmp_path / "coco/annotations/captions_val2014.json", {image: ["a"] for image in IMAGES})
@@ -171,6 +183,45 @@ def test_a_file_that_is_none_is_refused(run: Callable[..., StandIn], tmp_path: P
 def test_a_resize_other_than_the_checkpoints_is_refused(run: Callable[..., StandIn], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.image_resize: one was trained with 'square'"):
         run(tmp_path / "captions.jsonl", StandIn(resize="square"))
+
+
+DIALOGUE = {"num_images": 5, "questions": ["What?", "Where?", "Why?"]}
+
+
+def test_each_question_of_a_dialogue_is_asked_with_the_answers_before_it(
+    run: Callable[..., StandIn], tmp_path: Path
+) -> None:
+    out = tmp_path / "dialogue.jsonl"
+    model = run(out, Talker(), task="dialogue", dialogue=DIALOGUE)
+    assert [line["id"] for line in lines(out)] == IMAGES[:5]
+    assert [len(batch) for batch in model.batches] == [3, 3, 3, 2, 2, 2]  # all turns of a batch before the next batch
+    assert [batch[0] for batch in model.batches[:3]] == [
+        "4: | <image>\nWhat?",
+        "4: | <image>\nWhat? | 4 heard 1 | Where?",
+        "4: | <image>\nWhat? | 4 heard 1 | Where? | 4 heard 3 | Why?",
+    ]
+    for line in lines(out):
+        name = line["id"]
+        assert set(line) == {"id", "image", "conversation", "checkpoint", "settings"}
+        assert [turn["from"] for turn in line["conversation"]] == ["human", "gpt"] * 3
+        assert [turn["value"] for turn in line["conversation"]] == [
+            *("<image>\nWhat?", f"{name} heard 1"),
+            *("Where?", f"{name} heard 3"),
+            *("Why?", f"{name} heard 5"),
+        ]
+
+
+def test_an_interrupted_dialogue_is_continued_as_if_undisturbed(run: Callable[..., StandIn], tmp_path: Path) -> None:
+    run(tmp_path / "undisturbed.jsonl", Talker(), task="dialogue", dialogue=DIALOGUE)
+    out = tmp_path / "dialogue.jsonl"
+    with pytest.raises(KilledError):
+        run(out, Talker(dies_at=4), task="dialogue", dialogue=DIALOGUE)  # between two turns of the second batch
+    assert len(lines(tmp_path / "dialogue.jsonl.partial")) == 3
+    assert len(run(out, Talker(), task="dialogue", dialogue=DIALOGUE).batches) == 3
+    assert out.read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
+    other = DIALOGUE | {"questions": ["What?", "Where?", "Who?"]}
+    run(out, Talker(), task="dialogue", dialogue=other)
+    assert {line["conversation"][4]["value"] for line in lines(out)} == {"Who?"}
 
 
 def test_mmmu_lines_score_as_they_are(run: Callable[..., StandIn], tmp_path: Path) -> None:

@@ -193,7 +193,18 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path = folder / f"generate/{model}/{task}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    dialogues = [
+        {"id": item.id, "conversation": _dialogue(item)}
+        for item in items.TASKS["dialogue"].read(config, folder / "sources/coco")
+    ]
+    (folder / "generate/sft/dialogue.jsonl").write_text("".join(json.dumps(line) + "\n" for line in dialogues))
     return folder
+
+
+def _dialogue(item: items.Item) -> list[dict[str, str]]:
+    answers = [f"{item.id} things", "<b>in</b> front", ""]
+    pairs = zip([item.prompt, *item.follow_ups], answers, strict=True)
+    return [{"from": role, "value": text} for pair in pairs for role, text in zip(("human", "gpt"), pair, strict=True)]
 
 
 def _response(model: str, task: str, record: dict[str, Any]) -> str:
@@ -219,9 +230,15 @@ def test_the_gallery_shows_what_each_model_said(answered: Path, tmp_path: Path) 
     html = _write(answered, tmp_path / "gallery.html")
     captions, questions = html.split("<h2>Questions</h2>")
     cards = captions.split('<article class="card">')[1:]
-    assert len(cards) == gallery.NUM_CAPTIONS
+    dialogue = settings.load(answered / "config.yaml").evaluation.dialogue
+    assert len(cards) == dialogue.num_images
     references = json.loads((answered / "sources/coco/annotations/captions_val2014.json").read_text())["annotations"]
-    for card in cards:
+    for number, card in enumerate(cards, start=1):
+        said = re.search(r'<dl class="dialogue".*?>(.*?)</dl>', card, flags=re.DOTALL)[1]
+        lines = [unescape(line) for line in re.findall(r"<d[td]>(.*?)</d[td]>", said, flags=re.DOTALL)]
+        assert lines[::2] == list(dialogue.questions)
+        assert lines[1::2] == [f"{number} things", "<b>in</b> front", '<span class="nothing">nothing</span>']
+        assert "<b>" not in said
         assert unescape(re.search(r"<dt>reference</dt><dd>(.*?)</dd>", card)[1]) in {r["caption"] for r in references}
         assert card.count("<li>") == 4
         assert '<dt>before training</dt><dd><span class="nothing">nothing</span></dd>' in card
@@ -252,11 +269,32 @@ def test_the_gallery_has_every_subject(answered: Path, tmp_path: Path) -> None:
             "the model pretrain has no line with id 2",
         ),
         ("generate/pretrain/captions.jsonl", '{"id": 1}\n', "captions.jsonl: line 1 has no `id` and `response`"),
+        ("generate/sft/dialogue.jsonl", None, "generate/sft/dialogue.jsonl: there is no such file"),
+        (
+            "generate/sft/dialogue.jsonl",
+            '{"id": 1, "conversation": [{"from": "human", "value": "Why?"}]}\n',
+            "dialogue.jsonl: line 1 has no `id` and `conversation` of questions and answers",
+        ),
+        (
+            "generate/sft/dialogue.jsonl",
+            '{"id": 99, "conversation": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n',
+            "has no picture 99",
+        ),
         ("sources/coco/val2014/COCO_val2014_000000000001.jpg", "no picture", "000000000001.jpg: not a picture"),
         ("sources/coco/val2014/COCO_val2014_000000000001.jpg", None, "000000000001.jpg: not a picture"),
         ("sources/MMMU/answer_dict_val.json", "{}", "answer_dict_val.json: has no answer to validation_Background_1"),
     ],
-    ids=["answers-missing", "item-missing", "response-missing", "picture-broken", "picture-missing", "answer-missing"],
+    ids=[
+        "answers-missing",
+        "item-missing",
+        "response-missing",
+        "dialogue-missing",
+        "dialogue-unanswered",
+        "dialogue-of-no-picture",
+        "picture-broken",
+        "picture-missing",
+        "answer-missing",
+    ],
 )
 def test_a_broken_file_of_the_gallery_is_named(
     answered: Path, tmp_path: Path, path: str, change: str | None, message: str

@@ -14,7 +14,7 @@ from workspace import Snakemake, environment, jobs
 
 SFT_AND_AFTER = {
     "Training stage sft",
-    *(f"Generating {task} with the model sft" for task in ("captions", "captions_shuffled", "mmmu")),
+    *(f"Generating {task} with the model sft" for task in ("captions", "captions_shuffled", "dialogue", "mmmu")),
     *(f"Scoring {task} of the model sft" for task in ("captions", "captions_shuffled", "mmmu")),
     "Gathering the scores",
     "Drawing the scores",
@@ -53,6 +53,8 @@ def test_everything_is_made_once_and_a_change_remakes_only_what_follows(workspac
         folders = f"--source results/tiny/sources/{source} --out results/tiny/data/{name}\n"
         assert f"data shard --config results/tiny/config.yaml --set {name} {folders}" in calls
 
+    assert calls.count("--task dialogue") == 1, "the gallery shows what the last stage says"
+
     assert "Nothing to be done" in snakemake("all", "-n").stdout
 
     other_rate = snakemake("all", "-n", "--config", "stages={sft: {optimizer: {lr: 3e-4}}}")
@@ -60,6 +62,12 @@ def test_everything_is_made_once_and_a_change_remakes_only_what_follows(workspac
     assert "3e-4" not in (workspace / "results/tiny/config.yaml").read_text(), "a dry run changed what commands read"
 
     assert jobs(snakemake("all", "-n", "--config", "evaluation={batch_size: 8}").stdout) == {
+        "Keeping the configuration",
+        "Writing the report results/tiny/report.html",
+    }
+    assert jobs(snakemake("all", "-n", "--config", "evaluation={dialogue: {questions: [Who]}}").stdout) == {
+        "Generating dialogue with the model sft",
+        "Making the gallery",
         "Keeping the configuration",
         "Writing the report results/tiny/report.html",
     }

@@ -1,4 +1,4 @@
-"""The items of each evaluation task: what is asked about which pictures, and what a score needs to know of it."""
+"""The items of each evaluation task: what is asked about which pictures, and what is written of the answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from vlm import coco
-from vlm.config import Captions, Config, Mmmu
+from vlm.config import Captions, Config, Dialogue, Mmmu
 from vlm.prompt import IMAGE_TAG
 
 MAX_IMAGES = 7
@@ -32,12 +32,28 @@ class Item:
     pictures: tuple[bytes | Path, ...]
     record: dict[str, Any] = field(default_factory=dict)
     """What else is written beside the response, so that the file can be scored."""
+    follow_ups: tuple[str, ...] = ()
+    """User turns after the first, each asked when the one before it is answered. As many for all items of a task."""
+
+
+Turn = dict[str, str]
+"""`{"from": "human" | "gpt", "value": text}`, as LLaVA writes it."""
+
+
+def _response(conversation: Sequence[Turn]) -> dict[str, Any]:
+    return {"prompt": conversation[0]["value"], "response": conversation[-1]["value"]}
+
+
+def _conversation(conversation: Sequence[Turn]) -> dict[str, Any]:
+    return {"conversation": list(conversation)}
 
 
 @dataclass(frozen=True)
 class Task:
     read: Callable[[Config, Path], list[Item]]
-    settings: Callable[[Config], Captions | Mmmu]
+    settings: Callable[[Config], Captions | Dialogue | Mmmu]
+    said: Callable[[Sequence[Turn]], dict[str, Any]] = _response
+    """What a line holds of the questions and answers."""
 
 
 def read_captions(config: Config, source: Path) -> list[Item]:
@@ -68,6 +84,21 @@ def read_captions_shuffled(config: Config, source: Path) -> list[Item]:
         other = rng.randrange(last)  # never `last` itself, so that no picture stays
         shown[last], shown[other] = shown[other], shown[last]
     return _captions(config, list(pictures), shown)
+
+
+def read_dialogue(config: Config, source: Path) -> list[Item]:
+    """The first pictures of the captions, with several questions about each.
+
+    Raises:
+        ValueError: as `read_captions`.
+    """
+    test = config.evaluation.dialogue
+    first, *follow_ups = test.questions
+    prompt = f"{IMAGE_TAG}\n{first}"
+    return [
+        Item(image, prompt, path.name, (path,), follow_ups=tuple(follow_ups))
+        for image, path in list(_pictures(config, source).items())[: test.num_images]
+    ]
 
 
 def _pictures(config: Config, source: Path) -> dict[coco.ImageId, Path]:
@@ -169,5 +200,6 @@ def _fill(template: str, key: str, **texts: str) -> str:
 TASKS = {
     "captions": Task(read_captions, lambda config: config.evaluation.captions),
     "captions_shuffled": Task(read_captions_shuffled, lambda config: config.evaluation.captions),
+    "dialogue": Task(read_dialogue, lambda config: config.evaluation.dialogue, _conversation),
     "mmmu": Task(read_mmmu, lambda config: config.evaluation.mmmu),
 }

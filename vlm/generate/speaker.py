@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -28,18 +28,18 @@ class Speaker:
     prompter: Prompter
     resize: images.Resize
 
-    def prompt(self, text: str, pictures: Sequence[bytes | Path], name: str) -> Prompt:
+    def prompt(self, asked: str | Sequence[Mapping[str, str]], pictures: Sequence[bytes | Path], name: str) -> Prompt:
         """A prompt about pictures, each decoded and brought to the model's size.
 
         Args:
-            text: the user's turn, with one `<image>` per picture.
+            asked: the user's turn, or the conversation that ends with it, with one `<image>` per picture.
             pictures: files or their bytes.
             name: what to call the prompt in a message.
 
         Raises:
             ValueError: a picture that does not decode, or not as many pictures as places.
         """
-        tokens = self.prompter.generation(text, len(pictures), key=name)
+        tokens = self.prompter.generation(asked, len(pictures), key=name)
         return Prompt(tokens, [self._pixels(picture, name) for picture in pictures], name)
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:

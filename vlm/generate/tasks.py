@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from vlm import config as configuration
 from vlm import files
-from vlm.generate.items import TASKS, Item
+from vlm.generate.items import TASKS, Item, Turn
 
 if TYPE_CHECKING:
     from vlm.generate.decode import Prompt
@@ -36,10 +36,11 @@ def generate(config: Path, checkpoint: Path, task: str, source: Path, out: Path)
     Args:
         config: resolved settings; `evaluation` has prompts, lengths and the batch size.
         checkpoint: Megatron checkpoint, folder of a stage, or exported folder.
-        task: `captions`, `captions_shuffled` (the same prompts with the pictures shuffled) or `mmmu`.
+        task: `captions`, `captions_shuffled` (the same prompts with the pictures shuffled), `dialogue` or `mmmu`.
         source: folder of the evaluation data.
         out: JSON lines `{"id", "image", "prompt", "response", ...}` in the order of the task, which
-            `vlm score captions` and `vlm score mmmu` read.
+            `vlm score captions` and `vlm score mmmu` read; for `dialogue` `{"id", "image", "conversation"}`, which
+            `vlm report gallery` reads.
 
     Raises:
         ValueError: broken settings, data or checkpoint, or lines in `out` that are no answers.
@@ -121,7 +122,7 @@ def take_up(out: Path, made_by: Record, ids: set[int | str]) -> dict[int | str, 
 
 def _hash(items: Sequence[Item], *settings: Any) -> str:
     """Hash of everything beside the checkpoint that decides the answers. The batch size does not."""
-    asked = [(item.id, item.prompt, item.image, item.record) for item in items]
+    asked = [(item.id, item.prompt, *item.follow_ups, item.image, item.record) for item in items]
     return hashlib.sha256(json.dumps([asked, *settings]).encode()).hexdigest()[:HASH_LENGTH]
 
 
@@ -153,13 +154,33 @@ def _answer(
             prompts = ahead.result()
             if number + 1 < len(batches):
                 ahead = loader.submit(prepare, batches[number + 1])  # decoded while the model answers this one
-            for item, response in zip(batch, model.answer(prompts, max_new_tokens), strict=True):
+            for item, conversation in zip(batch, _converse(model, batch, prompts, max_new_tokens), strict=True):
                 if item.id not in done:
-                    yield {
-                        "id": item.id,
-                        "image": item.image,
-                        "prompt": item.prompt,
-                        "response": response,
-                        **item.record,
-                    }
+                    yield {"id": item.id, "image": item.image, **TASKS[task].said(conversation), **item.record}
                     progress.update()
+
+
+def _converse(
+    model: Speaker, batch: Sequence[Item], prompts: Sequence[Prompt], max_new_tokens: int
+) -> list[list[Turn]]:
+    """What is said about each item of a batch: one turn of all together, then the next with the answers before it.
+
+    Args:
+        prompts: those of the first turn.
+    """
+    said = [[_turn("human", item.prompt)] for item in batch]
+    for turn in range(1 + len(batch[0].follow_ups)):
+        if turn:
+            for conversation, item in zip(said, batch, strict=True):
+                conversation.append(_turn("human", item.follow_ups[turn - 1]))
+            prompts = [
+                model.prompt(conversation, item.pictures, str(item.id))
+                for conversation, item in zip(said, batch, strict=True)
+            ]
+        for conversation, answer in zip(said, model.answer(prompts, max_new_tokens), strict=True):
+            conversation.append(_turn("gpt", answer))
+    return said
+
+
+def _turn(role: str, text: str) -> Turn:
+    return {"from": role, "value": text}

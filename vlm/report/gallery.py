@@ -14,12 +14,13 @@ from vlm import config as configuration
 from vlm.config import COMBINED, Captions, Mmmu
 from vlm.report import page
 
-NUM_CAPTIONS = 24
 NUM_QUESTIONS = 28
 MAX_IMAGES = 7
-MARKER = re.compile(r"<image \d>\s*")
+MARKER = re.compile(r"<image( \d)?>\s*")
+"""Place of a picture in a question, as MMMU or as LLaVA writes it."""
 WORD = re.compile(r"\w+|\W+")
 
+NOTHING = '<span class="nothing">nothing</span>'
 ANSWERS = "answer_dict_val.json"
 
 Record = dict[str, Any]
@@ -27,15 +28,17 @@ Gold = str | list[str]
 """The accepted answer or answers: a letter where there are options."""
 Said = dict[str, dict[Any, Record]]
 """Model -> id of the item -> its line of the generated file."""
+Dialogues = dict[coco.ImageId, list[tuple[str, str]]]
+"""Picture -> questions and answers, in their order."""
 
 
 def write(config: Path, sources: Path, generated: Path, out: Path) -> None:
-    """Write one HTML file that needs no other: pictures spread evenly over the test set, references, answers.
+    """Write one HTML file that needs no other: captions and a dialogue beside their pictures, then MMMU's questions.
 
     Args:
         config: resolved settings; they name the models and the files of the evaluation data.
         sources: folder that holds the folders of the evaluation data, named as their sources are.
-        generated: folder with `{model}/{captions,mmmu}.jsonl`.
+        generated: folder with `{model}/{captions,mmmu}.jsonl`, and `dialogue.jsonl` of the last stage.
         out: the page.
 
     Raises:
@@ -44,11 +47,14 @@ def write(config: Path, sources: Path, generated: Path, out: Path) -> None:
     settings = configuration.load(config)
     labels = {COMBINED: "before training", **{stage: f"after {stage}" for stage in settings.stages}}
     captions, questions = settings.evaluation.captions, settings.evaluation.mmmu
+    dialogues = _read_dialogues(generated / list(labels)[-1] / "dialogue.jsonl")
     body = [
         "<h1>What the model says</h1>\n",
         f"<p>Run {escape(settings.run)}: {escape(_name(settings.models.language))} and "
         f"{escape(_name(settings.models.vision))}, about pictures that training never showed.</p>\n",
-        *_captions(captions, sources / Path(captions.source).name, _said(generated, "captions", labels), labels),
+        *_captions(
+            captions, sources / Path(captions.source).name, _said(generated, "captions", labels), dialogues, labels
+        ),
         *_questions(questions, sources / Path(questions.source).name, _said(generated, "mmmu", labels), labels),
     ]
     files.write_text(out, page.page(f"{settings.run}: what the model says", "".join(body)))
@@ -71,6 +77,21 @@ def _said(generated: Path, task: str, labels: Mapping[str, str]) -> Said:
     return said
 
 
+def _read_dialogues(path: Path) -> Dialogues:
+    dialogues: Dialogues = {}
+    for number, record in enumerate(files.read_records(path), start=1):
+        try:
+            turns = [(turn["from"], turn["value"]) for turn in record["conversation"]]
+            said = [text for _, text in turns]
+            texts = all(isinstance(text, str) for text in said)
+            if not (turns and texts) or [role for role, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
+                raise ValueError
+            dialogues[record["id"]] = list(zip(said[::2], said[1::2], strict=True))
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{path}: line {number} has no `id` and `conversation` of questions and answers") from None
+    return dialogues
+
+
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
     """At most `count` items, evenly spaced, in their order."""
     count = min(count, len(items))
@@ -84,12 +105,14 @@ def _answers(said: Said, item: Any, where: Path) -> dict[str, Record]:
     return {model: records[item] for model, records in said.items()}
 
 
-def _captions(test: Captions, source: Path, said: Said, labels: Mapping[str, str]) -> list[str]:
+def _captions(test: Captions, source: Path, said: Said, dialogues: Dialogues, labels: Mapping[str, str]) -> list[str]:
     annotations = source / test.annotations
     references = coco.read_references(annotations)
     pictures = coco.read_pictures(annotations, source / test.images)
     cards = []
-    for image in _spread([one for one in pictures if one in references], NUM_CAPTIONS):
+    for image, dialogue in dialogues.items():
+        if image not in pictures:
+            raise ValueError(f"{annotations}: has no picture {image!r}, about which there is a dialogue")
         known = set(_words(" ".join(references[image])))
         answers = _answers(said, image, annotations)
         rows = [
@@ -97,10 +120,12 @@ def _captions(test: Captions, source: Path, said: Said, labels: Mapping[str, str
             for model, record in answers.items()
         ]
         shown = page.picture(pictures[image], str(pictures[image]))
-        cards.append(_card([shown], _references(references[image]) + f"<dl>\n{''.join(rows)}</dl>\n"))
+        words = _references(references[image]) + f"<dl>\n{''.join(rows)}</dl>\n" + _dialogue(dialogue)
+        cards.append(_card([shown], words))
     return [
         f"<h2>Captions</h2>\n<p>Asked: {escape(test.prompt)} {len(cards)} of {len(pictures)} pictures; words that no "
-        "reference has are <mark>underlined</mark>.</p>\n",
+        "reference has are <mark>underlined</mark>. Then a dialogue with the model "
+        f"{escape(list(labels.values())[-1])}, each question asked with all that was said before it.</p>\n",
         f'<div class="cards">\n{"".join(cards)}</div>\n',
     ]
 
@@ -111,6 +136,14 @@ def _references(texts: Sequence[str]) -> str:
     return f'<div class="reference"><dl><dt>reference</dt><dd>{escape(texts[0])}</dd></dl>\n{more}</div>\n'
 
 
+def _dialogue(turns: Sequence[tuple[str, str]]) -> str:
+    lines = "".join(
+        f"<dt>{escape(MARKER.sub('', question).strip())}</dt><dd>{escape(answer.strip()) or NOTHING}</dd>\n"
+        for question, answer in turns
+    )
+    return f'<dl class="dialogue" aria-label="dialogue">\n{lines}</dl>\n'
+
+
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
@@ -118,7 +151,7 @@ def _words(text: str) -> list[str]:
 def _marked(text: str, known: set[str]) -> str:
     """The text with the words underlined that are not known."""
     if not text.strip():
-        return '<span class="nothing">nothing</span>'
+        return NOTHING
     pieces = WORD.findall(text.strip())
     return "".join(
         f"<mark>{escape(piece)}</mark>" if piece[0].isalnum() and piece.lower() not in known else escape(piece)
@@ -202,5 +235,5 @@ def _verdict(response: str, gold: Gold, options: Mapping[str, str]) -> str:
         right = mmmu_parsing.choice_is_correct(gold, letter)
     else:
         right = mmmu_parsing.open_is_correct(gold, mmmu_parsing.parse_open(response))
-    said = escape(response.strip()) or '<span class="nothing">nothing</span>'
+    said = escape(response.strip()) or NOTHING
     return f'<span class="verdict {"right" if right else "wrong"}">{"right" if right else "wrong"}</span>{said}'

@@ -14,10 +14,11 @@ MAX_EDGE = 448
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #1c232d; --faint: #667180; --line: #e2e6eb;
-  --accent: #2563a8; --right: #1a7f4b; --right-back: #e3f4ea; --wrong: #b3362b; --wrong-back: #fbe7e4; }
+  --accent: #2563a8; --accent-back: #e6effa; --right: #1a7f4b; --right-back: #e3f4ea; --wrong: #b3362b;
+  --wrong-back: #fbe7e4; }
 @media (prefers-color-scheme: dark) { :root { --page: #12161c; --card: #1a2028; --ink: #e4e8ee; --faint: #93a0b0;
-  --line: #2b333e; --accent: #7db4ee; --right: #63cd95; --right-back: #16352a; --wrong: #f09186;
-  --wrong-back: #43211e; } }
+  --line: #2b333e; --accent: #7db4ee; --accent-back: #17293f; --right: #63cd95; --right-back: #16352a;
+  --wrong: #f09186; --wrong-back: #43211e; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -44,6 +45,13 @@ dd { margin: 0; }
 dt.last { color: var(--accent); font-weight: 600; }
 dd.last { font-weight: 600; }
 .reference { padding-bottom: 10px; margin-bottom: 10px; border-bottom: 1px solid var(--line); }
+.dialogue { display: flex; flex-direction: column; gap: 6px; margin-top: 14px; padding-top: 14px;
+  border-top: 1px solid var(--line); font-size: 13.5px; }
+.dialogue dt, .dialogue dd { max-width: 88%; margin: 0; padding: 5px 12px; border-radius: 14px; white-space: pre-line; }
+.dialogue dt { align-self: flex-start; border-bottom-left-radius: 4px; font-size: inherit; background: var(--page); }
+.dialogue dd { align-self: flex-end; border-bottom-right-radius: 4px; color: var(--accent);
+  background: var(--accent-back); }
+.dialogue dd + dt { margin-top: 4px; }
 details { color: var(--faint); font-size: 13px; }
 summary { cursor: pointer; }
 details ul { margin: 4px 0 0; padding-left: 18px; }

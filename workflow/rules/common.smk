@@ -41,7 +41,7 @@ CAPTION_SET = next(iter(CONFIG.stages[STAGES[0]].data))
 wildcard_constraints:
     stage="|".join(STAGES),
     model="|".join(MODELS),
-    task="captions|captions_shuffled|mmmu",
+    task="captions|captions_shuffled|dialogue|mmmu",
     control="random|nearest",
 
 
@@ -119,8 +119,19 @@ def rendering_settings():
 
 
 def evaluation_of(wildcards):
-    """The section of `evaluation` that a task reads."""
+    """The section of `evaluation` whose data a task reads."""
     return "mmmu" if wildcards.task == "mmmu" else "captions"
+
+
+def task_settings(wildcards):
+    """What decides a task's answers beside the model."""
+    captions = [f"evaluation/captions/{key}" for key in ("source", "annotations", "images")]
+    own = (
+        ["evaluation/dialogue", *captions]
+        if wildcards.task == "dialogue"
+        else [f"evaluation/{evaluation_of(wildcards)}"]
+    )
+    return settings_text(*own, "data/image_resize", "seed", "dtype")
 
 
 def launcher():

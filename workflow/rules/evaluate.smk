@@ -23,9 +23,7 @@ rule generate:
     params:
         config=RESOLVED_CONFIG,
         checkpoint=lambda wildcards: model_folder(wildcards.model),
-        settings=lambda wildcards: settings_text(
-            f"evaluation/{evaluation_of(wildcards)}", "data/image_resize", "seed", "dtype"
-        ),
+        settings=task_settings,
     message:
         "Generating {wildcards.task} with the model {wildcards.model}"
     shell:

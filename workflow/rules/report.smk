@@ -48,6 +48,7 @@ rule gallery:
             model=MODELS,
             task=["captions", "mmmu"],
         ),
+        dialogue=f"<results>/generate/{LAST_STAGE}/dialogue.jsonl",
         sources=[source_folder(name) for name in EVALUATIONS],
     output:
         report(
