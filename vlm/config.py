@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -146,7 +146,7 @@ class Stage(Tree):
     """`combined` or the name of another stage."""
     trainable: tuple[Part, ...] = Field(min_length=1)
     """Parts that learn; the others are frozen and run in evaluation mode."""
-    data: dict[str, float] = Field(min_length=1)
+    data: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
     """Weight of each data set in the blend, by its name under data.sets."""
     prompt: Literal["instruction", "plain"]
     """`instruction` keeps the human turn as written; `plain` reduces the first turn to the image alone (LLaVA)."""
@@ -243,9 +243,19 @@ class Config(Tree):
                     f"{key}.global_batch: {stage.global_batch} is not a multiple of the {self.parallel.data} "
                     "data-parallel ranks that parallel gives"
                 )
+            if self.parallel.sequence and stage.sequence_length % self.parallel.tensor:
+                raise ValueError(
+                    f"{key}.sequence_length: {stage.sequence_length} is not a multiple of parallel.tensor = "
+                    f"{self.parallel.tensor}, which parallel.sequence needs"
+                )
         for name in self.stages:
             self.lineage(name)
         return self
+
+    @property
+    def ordered_stages(self) -> list[str]:
+        """Names of the stages, each after the one that it starts from; the last is the one that is handed over."""
+        return sorted(self.stages, key=lambda name: len(self.lineage(name)))
 
     def lineage(self, stage: str) -> list[str]:
         """Names of the stages trained one after the other to reach `stage`, itself last."""

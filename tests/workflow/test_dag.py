@@ -37,6 +37,21 @@ def test_full_recipe_fetches_and_shares_the_miniatures_steps(snakemake: Snakemak
     assert {job for job in full if not models.fullmatch(job)} - tiny == fetched
 
 
+STAGE = (
+    "{start_from: %s, trainable: [projector], data: {sft: 1.0}, prompt: instruction, sequence_length: 1024, "
+    "global_batch: 4, iterations: 5, save_interval: 5, log_interval: 5, optimizer: {lr: 1e-3, min_lr: 0, "
+    "warmup_share: 0, weight_decay: 0, beta1: 0.9, beta2: 0.95, eps: 1e-8, clip_grad: 1}}"
+)
+
+
+def test_the_last_stage_is_the_one_that_no_other_starts_from(snakemake: Snakemake) -> None:
+    """An overlay's new stage comes last in the merged settings, also where it is trained in the middle."""
+    change = f"stages={{sft: {{start_from: warm}}, warm: {STAGE % 'pretrain'}}}"
+    planned = jobs(snakemake("all", "-n", "--config", change).stdout)
+    assert "Training stage warm" in planned
+    assert "Writing the model after sft as a transformers LLaVA folder" in planned
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -48,6 +63,9 @@ def test_full_recipe_fetches_and_shares_the_miniatures_steps(snakemake: Snakemak
         pytest.param("data={sets: {mmmu: {source: a}}}", ["data.sets.mmmu"], id="set-named-as-evaluation"),
         pytest.param("data={sets: {sft: {source: other/coco}}}", ["coco"], id="two-sources-in-one-folder"),
         pytest.param("parallel={nodes: 2}", ["parallel.nodes"], id="several-machines"),
+        pytest.param("parallel={pipeline: 2, ranks_per_node: 2}", ["parallel.pipeline"], id="pipeline"),
+        pytest.param("stages={sft: {data: {sft: -1}}}", ["stages.sft.data.sft"], id="negative-weight"),
+        pytest.param(f"stages={{export: {STAGE % 'sft'}}}", ["stages.export", "taken"], id="stage-named-as-a-rule"),
     ],
 )
 def test_mistakes_stop_the_run_before_the_first_job(snakemake: Snakemake, change: str, words: list[str]) -> None:

@@ -119,7 +119,7 @@ def test_make_demo_goes_on_after_snakemake_was_killed(workspace: Path) -> None:
     assert trainings() == 1, "two trainers write to one folder"
     (workspace / "hold").unlink()
     assert second.wait(timeout=200) == 0, (workspace / "second.log").read_text()
-    assert (workspace / "second.log").read_text().splitlines()[-1] == "summary of results/tiny/scores/table.csv"
+    assert "summary of results/tiny/scores/table.csv" in (workspace / "second.log").read_text().splitlines()
     assert trainings() == 2
     calls = (workspace / "calls.txt").read_text().splitlines()
     assert len([call for call in calls if call.startswith("tiny data")]) == 1, "finished work was done again"

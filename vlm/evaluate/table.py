@@ -46,7 +46,7 @@ def write(config: Path, scores: Path, out: Path) -> None:
         ValueError: a score file is missing or lacks a score, named; or the scores are over different numbers of items.
     """
     settings = load(config)
-    models = {COMBINED: "before training", **{stage: f"after {stage}" for stage in settings.stages}}
+    models = {COMBINED: "before training", **{stage: f"after {stage}" for stage in settings.ordered_stages}}
     rows = [_model(scores / name, name, label) for name, label in models.items()]
     rows += [_control(scores / "controls" / f"{name}.json", name, label) for name, label in CONTROLS.items()]
     table = pd.DataFrame(rows, columns=list(COLUMNS))

@@ -45,7 +45,7 @@ def write(config: Path, sources: Path, generated: Path, out: Path) -> None:
         ValueError: a file is missing or broken, or a model did not answer an item, named.
     """
     settings = configuration.load(config)
-    labels = {COMBINED: "before training", **{stage: f"after {stage}" for stage in settings.stages}}
+    labels = {COMBINED: "before training", **{stage: f"after {stage}" for stage in settings.ordered_stages}}
     captions, questions = settings.evaluation.captions, settings.evaluation.mmmu
     dialogues = _read_dialogues(generated / list(labels)[-1] / "dialogue.jsonl")
     body = [

@@ -25,7 +25,7 @@ pathvars:
     benchmarks=f"{RESULTS}/benchmarks",
 
 
-STAGES = list(CONFIG.stages)
+STAGES = CONFIG.ordered_stages
 LAST_STAGE = STAGES[-1]
 MODELS = [COMBINED, *STAGES]
 PARTS = ("language", "vision")
@@ -79,7 +79,9 @@ def source_folder(name):
 def local_files(source):
     """Files of a source that is a folder on this machine, so that a changed model is converted again; else none."""
     folder = Path(source)
-    return sorted(str(path) for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(str(path) for path in folder.iterdir() if path.is_file() and path.suffix != ".md")
 
 
 def model_folder(model):
@@ -141,6 +143,8 @@ def launcher():
         raise WorkflowError(
             f"parallel.nodes: {parallel.nodes} machines are not supported yet, use 1 and raise parallel.ranks_per_node"
         )
+    if parallel.pipeline > 1:
+        raise WorkflowError(f"parallel.pipeline: {parallel.pipeline} stages are not supported yet, use 1")
     if parallel.world_size == 1:
         return "vlm"
     return f"torchrun --standalone --nproc-per-node={parallel.ranks_per_node} --no-python vlm"
