@@ -49,9 +49,9 @@ def stages(make: Callable[[], Forward], stage: str) -> Callable[[], Callable[[],
         forward, leaves = make()
         if stage == "forward":
             return forward
-        out = forward()
-        upstream = torch.randn_like(out)
-        return lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+        upstream = torch.randn_like(forward())
+        # Together with its forward, since Transformer Engine lets go of what it saved after one backward.
+        return lambda: torch.autograd.grad(forward(), leaves, upstream)
 
     return build
 
@@ -89,7 +89,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return torch.einsum("bhst,tbhk->sbhk", scores.softmax(-1), v)
 
 
-@pytest.mark.parametrize("stage", ["forward", "backward"])
+@pytest.mark.parametrize("stage", ["forward", "forward + backward"])
 @pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("provider", ["ours", "transformer_engine", "sdpa_flash", "sdpa_cudnn", "eager"])
 def test_attention(measure, provider, name, stage):
@@ -102,8 +102,8 @@ def test_attention(measure, provider, name, stage):
         shape=f"{name}: B {b}, S {s}, heads {h}/{g}, K {k}, {'causal' if causal else 'full'}",
         dtype="bfloat16",
         stage=stage,
-        flop=forward_flop * (1 if stage == "forward" else 2.5),
-        moved_bytes=2 * b * s * k * (2 * h + 2 * g) * (1 if stage == "forward" else 2),
+        flop=forward_flop * (1 if stage == "forward" else 3.5),
+        moved_bytes=2 * b * s * k * (2 * h + 2 * g) * (1 if stage == "forward" else 3),
     )
 
 
@@ -133,7 +133,7 @@ def packed(provider: str, lengths: list[int]) -> Forward:
     return lambda: layer(*leaves, cu_seqlens_q=borders, cu_seqlens_kv=borders, **options), leaves
 
 
-@pytest.mark.parametrize("stage", ["forward", "backward"])
+@pytest.mark.parametrize("stage", ["forward", "forward + backward"])
 @pytest.mark.parametrize("num_tokens", [8192, 16384])
 @pytest.mark.parametrize("provider", ["ours", "transformer_engine", "sdpa_flash", "eager"])
 def test_packed_attention(measure, provider, num_tokens, stage):
@@ -145,6 +145,6 @@ def test_packed_attention(measure, provider, num_tokens, stage):
         shape=f"T {num_tokens}, {len(lengths)} samples, heads {H}/{G}, K {K}, causal",
         dtype="bfloat16",
         stage=stage,
-        flop=sum(2 * n * n for n in lengths) * H * K * (1 if stage == "forward" else 2.5),
-        moved_bytes=2 * num_tokens * K * (2 * H + 2 * G) * (1 if stage == "forward" else 2),
+        flop=sum(2 * n * n for n in lengths) * H * K * (1 if stage == "forward" else 3.5),
+        moved_bytes=2 * num_tokens * K * (2 * H + 2 * G) * (1 if stage == "forward" else 3),
     )

@@ -1,4 +1,4 @@
-"""A model's weights into and out of a distributed checkpoint, at any tensor and pipeline parallel size.
+"""A model's weights into and out of a distributed checkpoint, at any tensor-parallel size.
 
 megatron-core is imported inside the functions: it takes seconds, and reading tensors needs none of it.
 """
@@ -22,11 +22,6 @@ from vlm.checkpoint.manifest import Manifest
 from vlm.checkpoint.tensors import METADATA, Tensors, Writer, own_errors
 
 State = dict[str, Any]
-_FUSED = (
-    # Transformer Engine keeps a norm inside the linear layer behind it; the file has one name for both.
-    (".self_attention.linear_qkv.layer_norm_", ".input_layernorm."),
-    (".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm."),
-)
 
 
 def unwrap(model: Any) -> Any:
@@ -44,7 +39,7 @@ def metadata() -> dict[str, Any]:
 
 
 def sharded_state(model: Any, parts: Iterable[str] | None = None) -> State:
-    """The model's sharded tensors by key of its `state_dict`, under the names the file has for every backend.
+    """The model's sharded tensors by key of its `state_dict`.
 
     Args:
         model: a `Llava`, wrapped or not.
@@ -56,8 +51,6 @@ def sharded_state(model: Any, parts: Iterable[str] | None = None) -> State:
     for key, item in state.items():
         if "_extra_state" in key or (kept is not None and not key.startswith(kept)):
             continue  # extra states hold nothing, or 8-bit scales that are found again
-        for fused, ours in _FUSED:
-            item.key = item.key.replace(fused, ours)
         chosen[key] = item
     return chosen
 
@@ -155,8 +148,7 @@ def load_model(model: Any, path: Path) -> Manifest:
     """Load every weight of a model, from a checkpoint and, for parts it does not hold, from its parents.
 
     Args:
-        model: a `Llava` at any tensor and pipeline parallel size, of any backend and dtype. Parts of it that are None
-            (pipeline stages without a vision model, say) are not asked for.
+        model: a `Llava` at any tensor-parallel size, of any backend and dtype.
         path: a checkpoint or a stage's folder. One of kind `language` or `vision` loads that part alone.
 
     Returns:

@@ -8,8 +8,8 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -87,11 +87,19 @@ class LanguageModel(GPTModel):
         )
 
     def losses(self, hidden_SBD: Tensor, rows_R: Tensor, targets_R: Tensor) -> Tensor:
-        """Cross-entropy, float32 [R], of the flat rows s * B + b alone: the head never sees the others."""
+        """Cross-entropy, float32 [R], of the flat rows s * B + b alone: the head never sees the others.
+
+        Under sequence parallelism `hidden_SBD` is this rank's share of the sequence, and only the chosen rows travel.
+        """
+        hidden_TD = hidden_SBD.flatten(0, 1)
         if self.config.sequence_parallel:
-            # The loss returns the complete gradient on every rank, so gathering splits it instead of summing.
-            hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
-        chosen_RD = hidden_SBD.flatten(0, 1).index_select(0, rows_R)
+            local_R = rows_R - self.pg_collection.tp.rank() * len(hidden_TD)
+            mine_R1 = ((local_R >= 0) & (local_R < len(hidden_TD))).unsqueeze(1)
+            chosen_RD = hidden_TD.index_select(0, local_R.clamp(0, len(hidden_TD) - 1)) * mine_R1
+            # The loss returns the complete gradient on every rank; each takes that of its own rows.
+            chosen_RD = reduce_from_tensor_model_parallel_region(chosen_RD)
+        else:
+            chosen_RD = hidden_TD.index_select(0, rows_R)
         return self._specs.linear_cross_entropy(chosen_RD, self._head(), targets_R, group=self.pg_collection.tp)
 
     def logits(self, hidden: Tensor) -> Tensor:

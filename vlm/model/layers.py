@@ -69,13 +69,15 @@ class CoreAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """[S, B, H, K] or packed [T, H, K] to [S, B, H * K] or [T, H * K].
+        """Attend, with the query's heads by group: [S, B, G, H / G, K], or packed [T, G, H / G, K].
+
+        So they lie in the fused projection, where a kernel can read them in place. Returns [S, B, H * K] or [T, H * K].
 
         `attention_mask` is bool, True where a key is hidden, as in megatron-core; it replaces the mask type. It serves
         decoding, where queries and keys differ in number and prompts are padded.
         """
         if attention_mask is not None:
-            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query.flatten(-3, -2), key, value))
             out = functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=~attention_mask, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
             )
@@ -126,7 +128,7 @@ class SelfAttention(core.SelfAttention):
         return self.linear_proj(out)
 
     def _heads(self, hidden_states: Tensor, rotary_pos_emb: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """[S, B, D] to query [S, B, H, K], key and value [S, B, G, K] of this rank."""
+        """[S, B, D] to query [S, B, G, H / G, K], key and value [S, B, G, K] of this rank: views of one tensor."""
         mixed, _ = self.linear_qkv(hidden_states)  # [S, B, G * (H/G + 2) * K]: per group its queries, key, value
         groups = self.num_query_groups_per_partition
         per_group = self.num_attention_heads_per_partition // groups
@@ -134,7 +136,7 @@ class SelfAttention(core.SelfAttention):
         rotated, value = mixed[..., : per_group + 1, :], mixed[..., per_group + 1, :]
         if rotary_pos_emb is not None:
             rotated = _Rotate.apply(rotated, rotary_pos_emb)
-        return rotated[..., :per_group, :].flatten(2, 3), rotated[..., per_group, :], value
+        return rotated[..., :per_group, :], rotated[..., per_group, :], value
 
     def _cached(self, context: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append to the cache [max S, max B, G, K] of this layer; return all keys and values so far."""

@@ -72,6 +72,7 @@ class Attention(CoreAttention):
         """As CoreAttention; masked decoding goes through PyTorch."""
         if attention_mask is not None:
             return super().forward(query, key, value, attention_mask)
+        query = query.flatten(-3, -2)
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
         if packed_seq_params is None:
             kind = "causal" if causal else "no_mask"
