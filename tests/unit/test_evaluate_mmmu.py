@@ -10,7 +10,7 @@ import pytest
 from evaluation_fixtures import write_json, write_lines
 
 from vlm.evaluate import mmmu
-from vlm.mmmu_parsing import normalise, open_is_correct, parse_choice, parse_open
+from vlm.mmmu import normalise, open_is_correct, parse_choice, parse_open
 
 OPTIONS = {"A": "red box", "B": "blue ball", "C": "a red", "D": "12"}
 

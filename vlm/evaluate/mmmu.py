@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm import files, mmmu_parsing
+from vlm import files, mmmu
 
 Fallback = Literal["first", "random", "wrong"]
-MULTIPLE_CHOICE = "multiple-choice"
 
 DOMAINS = {
     "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
@@ -90,17 +89,17 @@ def score(answers: Path, predictions: Path, output: Path, fallback: Fallback = "
     for name, prediction in predicted.items():
         question = questions[name]
         if not question.multiple_choice:
-            correct[name] = mmmu_parsing.open_is_correct(question.gold, mmmu_parsing.parse_open(prediction.text))
+            correct[name] = mmmu.open_is_correct(question.gold, mmmu.parse_open(prediction.text))
             continue
         choice: str | None = prediction.text
         if not prediction.parsed:
             if not prediction.choices or prediction.options is None:
                 raise ValueError(f"{predictions}: {name} is multiple-choice and lacks `all_choices` or `index2ans`")
-            choice = mmmu_parsing.parse_choice(prediction.text, prediction.choices, prediction.options)
+            choice = mmmu.parse_choice(prediction.text, prediction.choices, prediction.options)
             if choice is None:
                 num_fallback += 1
                 choice = draw(prediction.choices)
-        correct[name] = mmmu_parsing.choice_is_correct(question.gold, choice)
+        correct[name] = mmmu.choice_is_correct(question.gold, choice)
     files.write_json(output, summary(correct) | {"num_fallback": num_fallback})
 
 
@@ -166,7 +165,7 @@ def read_answers(path: Path) -> dict[str, Question]:
         gold = entry.get("ground_truth")
         where = f"{path}: {name}.ground_truth"
         accepted = [_answer(one, where) for one in gold] if isinstance(gold, list) else _answer(gold, where)
-        questions[name] = Question(entry["question_type"] == MULTIPLE_CHOICE, accepted)
+        questions[name] = Question(entry["question_type"] == mmmu.MULTIPLE_CHOICE, accepted)
     return questions
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import random
 import re
 from collections import Counter
@@ -14,10 +13,9 @@ from typing import Any
 
 from vlm import coco
 from vlm.config import Captions, Config, Dialogue, Mmmu
+from vlm.mmmu import MAX_IMAGES, MULTIPLE_CHOICE, parse_options
 from vlm.prompt import IMAGE_TAG
 
-MAX_IMAGES = 7
-MULTIPLE_CHOICE = "multiple-choice"
 MARKER = re.compile(r"<image (\d)>")
 """Place of a picture in an MMMU question or option."""
 
@@ -154,7 +152,7 @@ def _question(row: Mapping[str, Any], test: Mmmu, path: Path) -> Item:
     A picture that no marker places comes first, as in training; one that is placed twice is shown twice.
     """
     where = f"{path}: {row['id']}"
-    options = _options(row["options"], where)
+    options = parse_options(row["options"], where)
     choice = row["question_type"] == MULTIPLE_CHOICE
     if choice and not 2 <= len(options) <= len(ascii_uppercase):
         raise ValueError(f"{where}: a multiple-choice question with {len(options)} options")
@@ -176,18 +174,6 @@ def _question(row: Mapping[str, Any], test: Mmmu, path: Path) -> Item:
         record["answer"] = row["answer"]
     names = [row[f"image_{number}"].get("path") or f"image_{number}" for number in shown]
     return Item(row["id"], prompt, names, tuple(row[f"image_{number}"]["bytes"] for number in shown), record)
-
-
-def _options(value: Any, where: str) -> list[str]:
-    """MMMU writes the list as its Python text, `"['one', 'two']"`; a real list is accepted as well."""
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise ValueError(f"{where}: options are not a list: {value!r:.80}") from None
-    if not isinstance(value, list | tuple | None):
-        raise ValueError(f"{where}: options are not a list: {value!r:.80}")
-    return [str(option) for option in value or ()]
 
 
 def _fill(template: str, key: str, **texts: str) -> str:

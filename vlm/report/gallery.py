@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
-from vlm import coco, files, mmmu_parsing
+from vlm import coco, files, mmmu
 from vlm import config as configuration
 from vlm.config import COMBINED, Captions, Mmmu
 from vlm.report import page
 
 NUM_QUESTIONS = 28
-MAX_IMAGES = 7
 MARKER = re.compile(r"<image( \d)?>\s*")
 """Place of a picture in a question, as MMMU or as LLaVA writes it."""
 WORD = re.compile(r"\w+|\W+")
@@ -200,12 +199,13 @@ def _read_questions(test: Mmmu, source: Path) -> list[Record]:
 
 
 def _question(row: Record, gold: Gold, answers: Mapping[str, Record], labels: Mapping[str, str]) -> str:
-    names = [f"image_{number}" for number in range(1, MAX_IMAGES + 1)]
+    names = [f"image_{number}" for number in range(1, mmmu.MAX_IMAGES + 1)]
     shown = [page.picture(row[name]["bytes"], f"{row['id']} {name}") for name in names if row.get(name)]
     asked = f'<div class="asked">{escape(MARKER.sub("", row["question"]).strip())}</div>\n'
-    options = _options(row)
+    listed = mmmu.parse_options(row["options"], row["id"]) if row["question_type"] == mmmu.MULTIPLE_CHOICE else []
+    options = dict(zip(ascii_uppercase, listed, strict=False))
     if options:
-        right = {letter for letter in options if mmmu_parsing.choice_is_correct(gold, letter)}
+        right = {letter for letter in options if mmmu.choice_is_correct(gold, letter)}
         lines = "".join(
             f"<li{' class=answer' if letter in right else ''}>({letter}) {escape(option)}</li>"
             for letter, option in options.items()
@@ -221,19 +221,11 @@ def _question(row: Record, gold: Gold, answers: Mapping[str, Record], labels: Ma
     return _card(shown, f'{asked}<dl class="said">\n{said}</dl>\n')
 
 
-def _options(row: Record) -> dict[str, str]:
-    """Options by their letters; none for an open question."""
-    if row["question_type"] != "multiple-choice":
-        return {}
-    listed = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
-    return {chr(ord("A") + number): str(option) for number, option in enumerate(listed)}
-
-
 def _verdict(response: str, gold: Gold, options: Mapping[str, str]) -> str:
     if options:
-        letter = mmmu_parsing.parse_choice(response, list(options), options)
-        right = mmmu_parsing.choice_is_correct(gold, letter)
+        letter = mmmu.parse_choice(response, list(options), options)
+        right = mmmu.choice_is_correct(gold, letter)
     else:
-        right = mmmu_parsing.open_is_correct(gold, mmmu_parsing.parse_open(response))
+        right = mmmu.open_is_correct(gold, mmmu.parse_open(response))
     said = escape(response.strip()) or NOTHING
     return f'<span class="verdict {"right" if right else "wrong"}">{"right" if right else "wrong"}</span>{said}'

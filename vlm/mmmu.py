@@ -1,12 +1,19 @@
-"""What an answer to an MMMU question says, by the rules of MMMU's own evaluation (`mmmu/utils/eval_utils.py`).
+"""MMMU's questions as they are written, and what an answer to one says by the rules of MMMU's own evaluation.
 
-Published scores depend on these rules to the letter, so their oddities are kept, each with a comment.
+Published scores depend on these rules (`mmmu/utils/eval_utils.py`) to the letter, so their oddities are kept, each
+with a comment.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+MAX_IMAGES = 7
+"""Columns image_1 to image_7 of a question."""
+MULTIPLE_CHOICE = "multiple-choice"
 
 PUNCTUATION = ",.!?;:'"
 KEY_PHRASES = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
@@ -21,6 +28,26 @@ NUMBERS = (
 )
 
 Normalised = str | float
+
+
+def parse_options(value: Any, where: str) -> list[str]:
+    """Options of a question. MMMU writes them as the text of a Python list; a real list is accepted as well.
+
+    Args:
+        value: the column `options`.
+        where: names the question in messages.
+
+    Raises:
+        ValueError: it is no list.
+    """
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"{where}: options are not a list: {value!r:.80}") from None
+    if not isinstance(value, list | tuple | None):
+        raise ValueError(f"{where}: options are not a list: {value!r:.80}")
+    return [str(option) for option in value or ()]
 
 
 def parse_choice(response: str, choices: Sequence[str], options: Mapping[str, str]) -> str | None:
