@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -39,51 +39,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlm_kernels import reference
+from vlm_kernels.product import Tiles, options, product, tile_of_program
 
 INTERPRETED = triton.knobs.runtime.interpret  # as the decorators below read it
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = math.log(2)
 PIECE_BYTES = 64 * 2**20  # of z in backward, not tuned yet: in bf16, 1024 rows of 32768 words are one piece
-BAND = 16  # row tiles that share a walk over the vocabulary: 16 x 128 rows of 4096 are 16 MiB, a third of the L2 cache
 PROGRAMS = 528  # four per multiprocessor of an H100 or H200: enough for an even end, few enough for long runs
-
-
-class Tiles(NamedTuple):
-    """Rows M, words N and hidden columns K of a tile, and how it is run."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
 
 
 # By "fp32?". The widest tile whose accumulator (128 registers of a thread) and softmax fit without a spill on sm_90, as
 # tests/kernels/test_cross_entropy.py compiles it. Not timed yet.
 LOGITS = {False: Tiles(128, 256, 64, 8, 3), True: Tiles(32, 32, 32, 4, 2)}
 WORDS = 4096  # logits of one row that a program of the plain loss reads at once
-
-
-@triton.jit
-def _logits_tile(
-    h_ptrs, w_ptrs, dim,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-):  # fmt: skip
-    """log2 e times h w^T for the rows and words that the pointers [M, K] and [K, N] begin at."""
-    k = tl.arange(0, BLOCK_K)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for low in tl.range(0, dim, BLOCK_K):
-        if EVEN_K:
-            h = tl.load(h_ptrs)
-            w = tl.load(w_ptrs)
-        else:
-            h = tl.load(h_ptrs, mask=(low + k < dim)[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=(low + k < dim)[:, None], other=0.0)
-        acc = tl.dot(h, w, acc, input_precision="ieee")
-        h_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    return acc * LOG2_E
 
 
 # The number of trained rows changes from step to step: neither it nor where a row of statistics then begins may compile
@@ -98,14 +67,8 @@ def _statistics_kernel(
     num_rows, num_words, dim, stride_h, stride_w, num_runs, run_words, first_word,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    # Neighbouring programs take the row tiles of a band and read the same words, which L2 then holds.
-    program = tl.program_id(0)
-    num_tiles = tl.cdiv(num_rows, BLOCK_M)
-    band = program // (BAND * num_runs)
-    width = tl.minimum(num_tiles - band * BAND, BAND)
-    within = program - band * BAND * num_runs
-    run = within // width
-    row = (band * BAND + within % width) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_tile, run = tile_of_program(tl.cdiv(num_rows, BLOCK_M), num_runs, BAND)
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     # Rows and words past the end repeat the last one, which spares the loads a mask.
     h_row = tl.minimum(row, num_rows - 1).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
@@ -121,7 +84,7 @@ def _statistics_kernel(
         word = first + tl.arange(0, BLOCK_N)
         w_word = tl.minimum(word, num_words - 1).to(tl.int64)
         w_ptrs = w_ptr + w_word[None, :] * stride_w + k[:, None]
-        x = _logits_tile(h_ptrs, w_ptrs, dim, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
+        x = product(h_ptrs, w_ptrs, dim, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K) * LOG2_E
         x = tl.where((word < high)[None, :], x, float("-inf"))
         new_top = tl.maximum(top, tl.max(x, 1))
         total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(x - new_top[:, None]), 1)
@@ -166,20 +129,15 @@ def _logit_gradient_kernel(
     num_rows, num_words, dim, stride_h, stride_w, first_word,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    num_tiles = tl.cdiv(num_rows, BLOCK_M)
-    num_columns = tl.cdiv(num_words, BLOCK_N)
-    band = program // (BAND * num_columns)
-    width = tl.minimum(num_tiles - band * BAND, BAND)
-    within = program - band * BAND * num_columns
-    row = (band * BAND + within % width) * BLOCK_M + tl.arange(0, BLOCK_M)
-    word = within // width * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_tile, word_tile = tile_of_program(tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_words, BLOCK_N), BAND)
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    word = word_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     h_row = tl.minimum(row, num_rows - 1).to(tl.int64)
     w_word = tl.minimum(word, num_words - 1).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     h_ptrs = h_ptr + h_row[:, None] * stride_h + k[None, :]
     w_ptrs = w_ptr + w_word[None, :] * stride_w + k[:, None]
-    x = _logits_tile(h_ptrs, w_ptrs, dim, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
+    x = product(h_ptrs, w_ptrs, dim, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K) * LOG2_E
     target = tl.load(target_ptr + h_row) - first_word
     lse = tl.load(lse_ptr + h_row)
     g = tl.load(g_ptr + h_row)
@@ -308,7 +266,7 @@ def _statistics(hidden: Tensor, weight: Tensor, target: Tensor, first_word: int)
     with torch.cuda.device_of(hidden):
         _statistics_kernel[(row_tiles * num_runs,)](
             hidden, weight, target, top, total, out[2], num_rows, num_words, dim, hidden.stride(0), weight.stride(0),
-            num_runs, run_words, first_word, **_options(tiles, dim),
+            num_runs, run_words, first_word, **options(tiles, dim),
         )  # fmt: skip
         _merge_kernel[(triton.cdiv(num_rows, 128),)](
             top, total, out[0], out[1], num_rows, num_runs, BLOCK=128, num_warps=4
@@ -333,7 +291,7 @@ def _gradients(
         with torch.cuda.device_of(hidden):
             _logit_gradient_kernel[grid](
                 h, w, t, lse[rows], g[rows], z, len(h), len(w), dim, h.stride(0), w.stride(0),
-                first_word + words.start, **_options(tiles, dim),
+                first_word + words.start, **options(tiles, dim),
             )  # fmt: skip
         if dw is not None:
             torch.mm(z.T, h, out=dw[words])
@@ -361,18 +319,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.float(), b.float())
-
-
-def _options(tiles: Tiles, dim: int) -> dict[str, Any]:
-    return {
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        "BLOCK_K": tiles.block_k,
-        "EVEN_K": dim % tiles.block_k == 0,
-        "BAND": BAND,
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
-    }
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):

@@ -30,7 +30,7 @@ Shapes: N pictures, P patches, M = N * P rows, F projector hidden, D hidden, T t
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlm_kernels import reference
+from vlm_kernels.product import Tiles, options, product, tile_of_program
 
 INTERPRETED = triton.knobs.runtime.interpret  # as the decorators below read it
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -46,18 +47,7 @@ ROOT_HALF = tl.constexpr(math.sqrt(0.5))
 DENSITY = tl.constexpr(1 / math.sqrt(2 * math.pi))
 TANH_SLOPE = tl.constexpr(2 * math.sqrt(2 / math.pi))
 TANH_CUBIC = tl.constexpr(0.044715)
-BAND = 16  # row tiles that share a walk over the columns: 16 x 128 rows of 4096 are 16 MiB, a third of the L2 cache
 COPIED = 2048  # elements of a row that one program copies
-
-
-class Tiles(NamedTuple):
-    """Rows M, columns N and the summed dimension K of a tile, and how it is run."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
 
 
 # By "fp32?". Without spills on sm_90, as tests/kernels/test_projector.py compiles them: 128 x 256 spills with a GELU
@@ -66,38 +56,6 @@ class Tiles(NamedTuple):
 FIRST = {False: Tiles(128, 128, 64, 8, 3), True: Tiles(32, 32, 32, 4, 2)}
 SECOND = {False: Tiles(128, 256, 64, 8, 3), True: Tiles(32, 32, 32, 4, 2)}
 GRADIENT = {False: Tiles(128, 128, 64, 8, 3), True: Tiles(32, 32, 32, 4, 2)}
-
-
-@triton.jit
-def _tile_of_program(num_rows, num_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BAND: tl.constexpr):
-    """First row and column: neighbouring programs take the row tiles of a band, so that L2 holds what they share."""
-    program = tl.program_id(0)
-    column_tiles = tl.cdiv(num_columns, BLOCK_N)
-    band = program // (BAND * column_tiles)
-    width = tl.minimum(tl.cdiv(num_rows, BLOCK_M) - band * BAND, BAND)
-    within = program - band * BAND * column_tiles
-    return (band * BAND + within % width) * BLOCK_M, within // width * BLOCK_N
-
-
-@triton.jit
-def _product(
-    x_ptrs, w_ptrs, dim,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-):  # fmt: skip
-    """x w^T in fp32 for the rows that the pointers [M, K] and [K, N] begin at."""
-    k = tl.arange(0, BLOCK_K)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for low in tl.range(0, dim, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_ptrs)
-            w = tl.load(w_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=(low + k < dim)[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=(low + k < dim)[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    return acc
 
 
 @triton.jit
@@ -162,7 +120,8 @@ def _first_layer_kernel(
     HAS_BIAS: tl.constexpr, KEEP: tl.constexpr, TANH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    first_row, first_column = _tile_of_program(num_rows, num_columns, BLOCK_M, BLOCK_N, BAND)
+    row_tile, column_tile = tile_of_program(tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N), BAND)
+    first_row, first_column = row_tile * BLOCK_M, column_tile * BLOCK_N
     row = first_row + tl.arange(0, BLOCK_M)
     column = first_column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -172,7 +131,7 @@ def _first_layer_kernel(
     x_start = x_row // num_patches * stride_xn + (1 + x_row % num_patches) * stride_xp
     x_ptrs = x_ptr + x_start[:, None] + k[None, :]
     w_ptrs = w_ptr + w_row[None, :] * stride_w + k[:, None]
-    u = _product(x_ptrs, w_ptrs, dim, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
+    u = product(x_ptrs, w_ptrs, dim, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
     left, right = _halves(u, BLOCK_M, BLOCK_N)
     column = first_column + tl.arange(0, BLOCK_N // 2)
     _activate(left, bias_ptr, u_ptr, a_ptr, row, column, num_rows, num_columns, HAS_BIAS, KEEP, TANH)
@@ -188,7 +147,8 @@ def _second_layer_kernel(
     HAS_BIAS: tl.constexpr, SCATTER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    first_row, first_column = _tile_of_program(num_rows, num_columns, BLOCK_M, BLOCK_N, BAND)
+    row_tile, column_tile = tile_of_program(tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N), BAND)
+    first_row, first_column = row_tile * BLOCK_M, column_tile * BLOCK_N
     row = first_row + tl.arange(0, BLOCK_M)
     column = first_column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -196,7 +156,7 @@ def _second_layer_kernel(
     w_row = tl.minimum(column, num_columns - 1).to(tl.int64)
     a_ptrs = a_ptr + a_row[:, None] * dim + k[None, :]
     w_ptrs = w_ptr + w_row[None, :] * stride_w + k[:, None]
-    y = _product(a_ptrs, w_ptrs, dim, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
+    y = product(a_ptrs, w_ptrs, dim, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
     if HAS_BIAS:
         y += tl.load(bias_ptr + w_row)[None, :].to(tl.float32)
     out_row = a_row
@@ -215,7 +175,8 @@ def _hidden_gradient_kernel(
     TANH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    first_row, first_column = _tile_of_program(num_rows, num_columns, BLOCK_M, BLOCK_N, BAND)
+    row_tile, column_tile = tile_of_program(tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N), BAND)
+    first_row, first_column = row_tile * BLOCK_M, column_tile * BLOCK_N
     row = first_row + tl.arange(0, BLOCK_M)
     column = first_column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -366,16 +327,7 @@ def _launch(
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and constants of a product with num_rows x num_columns results that sums over dim."""
     tiles = table[dtype == torch.float32]
-    options = {
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        "BLOCK_K": tiles.block_k,
-        "EVEN_K": dim % tiles.block_k == 0,
-        "BAND": BAND,
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
-    }
-    return (triton.cdiv(num_rows, tiles.block_m) * triton.cdiv(num_columns, tiles.block_n),), options
+    return (triton.cdiv(num_rows, tiles.block_m) * triton.cdiv(num_columns, tiles.block_n),), options(tiles, dim)
 
 
 def project_image_tokens(

@@ -101,7 +101,7 @@ def test_projection(pictures, patches, vision, hidden, out, tokens, dtype, activ
 
 @pytest.mark.interpreted
 def test_without_biases_and_with_more_row_tiles_than_a_band(monkeypatch):
-    monkeypatch.setattr(module, "BAND", 2)
+    monkeypatch.setattr("vlm_kernels.product.BAND", 2)
     positions = scattered(150, 160)
     inputs = tensors(6, 25, 24, 70, 40, 160, bias=False)
     compare(results(kernel(positions), inputs), written_out(positions, "gelu"), inputs)
