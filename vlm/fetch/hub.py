@@ -45,9 +45,8 @@ def fetch(source: str, out: Path, revision: str = "main", kind: Literal["model",
     if kind == "model":
         _check_model(source, folder, {entry.name for entry in entries if entry.is_file()})
     beside = out.with_name(f".{out.name}.writing")
-    for leftover in (beside, out):
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover)
+    if beside.exists():  # left by an interrupted run
+        shutil.rmtree(beside)
     beside.mkdir(parents=True)
     for entry in entries:
         if kind == "model" and entry.is_dir():
@@ -56,6 +55,8 @@ def fetch(source: str, out: Path, revision: str = "main", kind: Literal["model",
     if kind == "dataset":
         for archive in sorted(beside.glob("*.zip")):
             _unpack(archive, beside)
+    if out.is_dir() and not out.is_symlink():  # an older one goes when the new one is complete
+        shutil.rmtree(out)
     beside.rename(out)
 
 
