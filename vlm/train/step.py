@@ -18,37 +18,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from vlm.batch import PackedBatch
+from vlm.train.feed import Feed
 from vlm.train.metrics import Outcome
 
 
 class NonFiniteError(ArithmeticError):
     """The loss or the gradient of a step is not a number, so every weight after it would be lost."""
-
-
-class _Feed:
-    """Hands the loader's batches to mcore's schedule, timing the wait and remembering what was in them."""
-
-    def __init__(self, loader: Iterator[PackedBatch], device: torch.device) -> None:
-        self._loader, self._device = loader, device
-        self.begin()
-
-    def begin(self) -> None:
-        self.wait_seconds = 0.0
-        self.tokens = 0
-        self.keys: list[tuple[str, ...]] = []
-
-    def __iter__(self) -> _Feed:
-        return self
-
-    def __next__(self) -> PackedBatch:
-        started = time.perf_counter()
-        # Opening a torch DataLoader draws a seed; a resumed run opens one more often than one that was left alone.
-        with torch.random.fork_rng(devices=[]):
-            batch = next(self._loader)
-        self.wait_seconds += time.perf_counter() - started
-        self.keys.append(batch.sample_keys)
-        self.tokens += batch.num_tokens
-        return batch.to(self._device)
 
 
 def _loss(losses_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, int]]:
@@ -85,7 +60,7 @@ class Step:
         device: torch.device,
     ) -> None:
         self._model, self._optimizer, self._device = model, optimizer, device
-        self._feed = _Feed(loader, device)
+        self._feed = Feed(loader, device)
         self._num_micro_batches = num_micro_batches
         self._forward_backward = partial(
             get_forward_backward_func(),
