@@ -53,6 +53,8 @@ def settings(
     backend: str = "torch",
     bias: bool = True,
     dtype: str = "float32",
+    pipeline: int = 1,
+    recompute: bool = False,
 ) -> Any:
     """The pieces of the configuration that shape a model."""
     from vlm.model import Settings
@@ -67,18 +69,30 @@ def settings(
         ),
         kernels=configuration.Kernels.model_validate({"backend": backend}),
         dtype=dtype,  # type: ignore[arg-type]
-        parallel=configuration.Parallel(nodes=1, ranks_per_node=tensor, tensor=tensor, pipeline=1, sequence=sequence),
+        parallel=configuration.Parallel(
+            nodes=1,
+            ranks_per_node=tensor * pipeline,
+            tensor=tensor,
+            pipeline=pipeline,
+            sequence=sequence,
+            distributed_optimizer=False,
+            recompute=recompute,
+        ),
     )
 
 
-def huggingface(feature_layer: int = -1, *, tied: bool = False) -> Any:
-    """A `LlavaForConditionalGeneration` of these sizes with weights large enough to matter."""
+def huggingface(feature_layer: int = -1, *, tied: bool = False, rope: dict[str, Any] | None = None) -> Any:
+    """A `LlavaForConditionalGeneration` of these sizes with weights large enough to matter.
+
+    With `rope`, its scaling of rotary positions, the language model is a Llama.
+    """
     import transformers
 
     text = {key: value for key, value in LANGUAGE.items() if key not in ("architectures", "rope_theta")}
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": LANGUAGE["rope_theta"]}}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": LANGUAGE["rope_theta"]} | (rope or {})}
+    kind = transformers.LlamaConfig if rope else transformers.MistralConfig
     config = transformers.LlavaConfig(
-        text_config=transformers.MistralConfig(**text | {"tie_word_embeddings": tied}),
+        text_config=kind(**text | {"tie_word_embeddings": tied}),
         vision_config=transformers.CLIPVisionConfig(**{k: v for k, v in VISION.items() if k != "architectures"}),
         image_token_index=IMAGE_TOKEN,
         projector_hidden_act="gelu",
@@ -100,8 +114,9 @@ def ours(reference: Any, *, feature_layer: int = -1, **options: Any) -> Any:
     """Our model with the weights of `reference`."""
     from vlm.model import build
 
-    tied = {"tie_word_embeddings": reference.config.text_config.tie_word_embeddings}
-    model = build(LANGUAGE | tied, VISION, settings(feature_layer=feature_layer, **options))
+    text = reference.config.text_config
+    own = {"tie_word_embeddings": text.tie_word_embeddings, "rope_parameters": text.rope_parameters}
+    model = build(LANGUAGE | own, VISION, settings(feature_layer=feature_layer, **options))
     model.load_state_dict(translated(reference.state_dict(), model), strict=True)
     return model
 

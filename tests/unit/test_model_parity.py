@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import model_fixtures as fixtures
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from vlm import images as pictures
 from vlm import parallel
-from vlm.model.sizes import CLIP_MEAN, CLIP_STD
+from vlm.model.layers import rotary_frequencies
+from vlm.model.sizes import CLIP_MEAN, CLIP_STD, language_sizes
 
 TOLERANCE = 1e-4
 # One picture, two pictures, text alone, and padding behind them.
@@ -61,6 +66,51 @@ def test_logits_and_features_equal_transformers(feature_layer):
             pixels = pictures.normalise(stack, CLIP_MEAN, CLIP_STD, torch.float32)
             features = reference.model.vision_tower(pixels, output_hidden_states=True).hidden_states[feature_layer]
             torch.testing.assert_close(model.image_features(stack), features[:, 1:], atol=TOLERANCE, rtol=0)
+
+
+# Of 8 frequencies 2 stay, 1 is in between and 5 are divided.
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
+
+
+def test_stretched_positions_equal_transformers_beyond_those_of_pretraining():
+    reference = fixtures.huggingface(rope=LLAMA3)
+    model = fixtures.ours(reference)
+    sizes = model.language_model.sizes
+    theirs, factor = ROPE_INIT_FUNCTIONS["llama3"](reference.config.text_config, torch.device("cpu"))
+    found = rotary_frequencies(sizes.head_dim, sizes.rope_theta, sizes.rope_scaling)
+    torch.testing.assert_close(found, theirs, atol=0, rtol=1e-6)
+    kept = found / rotary_frequencies(sizes.head_dim, sizes.rope_theta, None)
+    assert (kept == 1).sum() == 2 and (kept == 0.125).sum() == 5 and factor == 1
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(11, fixtures.LANGUAGE["vocab_size"], (2, 200), generator=generator)
+    got = model.logits(tokens, torch.arange(200).expand(2, -1), last_only=False)
+    torch.testing.assert_close(got, reference(input_ids=tokens).logits, atol=TOLERANCE, rtol=0)
+    unscaled = fixtures.huggingface()(input_ids=tokens).logits
+    assert (unscaled - got).abs().max() > 0.1, "positions hardly matter here, so the comparison shows nothing"
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_parameters": {"rope_theta": 5e5, **LLAMA3}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_theta": 5e5, "rope_scaling": {"type" if k == "rope_type" else k: v for k, v in LLAMA3.items()}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default", "rope_theta": 1.0}},
+    ],
+    ids=["transformers-5", "transformers-4", "transformers-4.42", "both"],
+)
+def test_every_spelling_of_stretched_positions_means_what_transformers_reads(spelling):
+    from transformers import LlamaConfig
+
+    plain = {key: value for key, value in fixtures.LANGUAGE.items() if key not in ("rope_theta", "architectures")}
+    config = plain | spelling | {"architectures": ["LlamaForCausalLM"]}
+    theirs = LlamaConfig(**copy.deepcopy(config)).rope_parameters
+    sizes = language_sizes(config)
+    assert sizes.rope_theta == theirs["rope_theta"] == 5e5
+    found = dataclasses.asdict(sizes.rope_scaling)
+    assert found.pop("original_max_positions") == theirs["original_max_position_embeddings"]
+    assert found == {name: theirs[name] for name in found}
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own-head", "tied-head"])

@@ -77,7 +77,10 @@ class LanguageModel(GPTModel):
         """
         if embeddings_SBD is not None and self.config.sequence_parallel:
             embeddings_SBD = scatter_to_sequence_parallel_region(embeddings_SBD)
-        table = rotary_table(positions_BS, self.sizes.head_dim, self.sizes.rope_theta, self.config.params_dtype)
+        sizes = self.sizes
+        table = rotary_table(
+            positions_BS, sizes.head_dim, sizes.rope_theta, self.config.params_dtype, sizes.rope_scaling
+        )
         return self.decoder(
             hidden_states=embeddings_SBD,
             attention_mask=hidden_mask,

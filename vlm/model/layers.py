@@ -7,6 +7,7 @@ Shapes: S sequence, B batch, T packed tokens (B = 1), D hidden, H query heads, G
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import functional
 
+from vlm.model.sizes import RopeScaling
 from vlm_kernels import reference
 
 
@@ -166,15 +168,36 @@ class Layer(TransformerLayer):
         self.bias_dropout_add_exec_handler = contextlib.nullcontext
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
+def rotary_table(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
+) -> Tensor:
     """Cosines and sines [2, S, B, 1, 1, K/2] of int64 positions [B, S], computed in fp32.
 
-    Angle i of position p is p * theta^(-2i/K) (RoFormer, equation 15), pairing channels i and i + K/2 as
-    `transformers` and megatron-core's non-interleaved form do.
+    Angle i of position p is p times frequency i, pairing channels i and i + K/2 as `transformers` and megatron-core's
+    non-interleaved form do.
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions.t().unsqueeze(-1).float() * (1.0 / theta**exponents)
+    frequencies = rotary_frequencies(head_dim, theta, scaling, positions.device)
+    angles = positions.t().unsqueeze(-1).float() * frequencies
     return torch.stack([angles.cos(), angles.sin()])[:, :, :, None, None].to(dtype)
+
+
+def rotary_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device | None = None
+) -> Tensor:
+    """Radians per position [K/2] in fp32: theta^(-2i/K) (RoFormer, equation 15).
+
+    Llama 3.1's scaling (`apply_scaling` in the model code of its release) goes by the turns that an angle makes within
+    the positions of pretraining: up to low_freq_factor turns its frequency is divided by `factor`, from
+    high_freq_factor on it stays, and in between the part that stays grows linearly with the turns.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
+    frequencies = 1.0 / theta**exponents
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    stays = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (stays + (1 - stays) / scaling.factor)
 
 
 class _Rotate(torch.autograd.Function):

@@ -17,6 +17,22 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3.1 and later stretch slow rotary angles to reach positions beyond those of pretraining.
+
+    `vlm.model.layers.rotary_frequencies` applies it.
+    """
+
+    factor: float
+    """What the frequencies of long wavelengths are divided by."""
+    low_freq_factor: float
+    high_freq_factor: float
+    """Wavelengths of `original_max_positions` over these two mark where stretching is complete, and where it begins."""
+    original_max_positions: int
+    """Positions of pretraining."""
+
+
+@dataclass(frozen=True)
 class LanguageSizes:
     num_layers: int
     hidden_size: int
@@ -28,6 +44,7 @@ class LanguageSizes:
     max_positions: int
     norm_eps: float
     rope_theta: float
+    rope_scaling: RopeScaling | None
     tied_embeddings: bool
     init_std: float
 
@@ -66,12 +83,13 @@ class VisionSizes:
         return built
 
 
-def language_sizes(config: Mapping[str, Any], tensor: int = 1) -> LanguageSizes:
+def language_sizes(config: Mapping[str, Any], tensor: int = 1, pipeline: int = 1) -> LanguageSizes:
     """Read a Mistral or Llama `config.json`.
 
     Args:
         config: the parsed file.
         tensor: tensor-parallel ranks the sizes must divide over.
+        pipeline: pipeline stages the layers must divide over.
 
     Raises:
         ValueError: naming the key: another architecture, sizes that do not divide, features that are not built.
@@ -89,6 +107,8 @@ def language_sizes(config: Mapping[str, Any], tensor: int = 1) -> LanguageSizes:
     head_dim = config.get("head_dim") or hidden // heads
     if head_dim % 2:
         raise ValueError(f"{where}: head_dim {head_dim} is odd; rotary positions turn pairs")
+    max_positions = _size(config, "max_position_embeddings", 131072 if mistral else 2048, where)
+    theta, scaling = _rope(config, max_positions, where)
     sizes = LanguageSizes(
         num_layers=_size(config, "num_hidden_layers", 32, where),
         hidden_size=hidden,
@@ -97,9 +117,10 @@ def language_sizes(config: Mapping[str, Any], tensor: int = 1) -> LanguageSizes:
         head_dim=head_dim,
         ffn_hidden_size=_size(config, "intermediate_size", 14336 if mistral else 11008, where),
         vocab_size=_size(config, "vocab_size", 32000, where),
-        max_positions=_size(config, "max_position_embeddings", 131072 if mistral else 2048, where),
+        max_positions=max_positions,
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=_rope_theta(config, where),
+        rope_theta=theta,
+        rope_scaling=scaling,
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         init_std=float(config.get("initializer_range", 0.02)),
     )
@@ -114,6 +135,7 @@ def language_sizes(config: Mapping[str, Any], tensor: int = 1) -> LanguageSizes:
     _divides(where, "intermediate_size", sizes.ffn_hidden_size, tensor)
     # Padding rows would join the softmax and make the loss depend on the layout.
     _divides(where, "vocab_size", sizes.vocab_size, tensor)
+    _divides(where, "num_hidden_layers", sizes.num_layers, pipeline, "parallel.pipeline")
     return sizes
 
 
@@ -171,9 +193,9 @@ def _size(config: Mapping[str, Any], key: str, default: int, where: str) -> int:
     return value
 
 
-def _divides(where: str, key: str, value: int, tensor: int) -> None:
-    if value % tensor:
-        raise ValueError(f"{where}: {key} {value} is not a multiple of parallel.tensor {tensor}")
+def _divides(where: str, key: str, value: int, ranks: int, setting: str = "parallel.tensor") -> None:
+    if value % ranks:
+        raise ValueError(f"{where}: {key} {value} is not a multiple of {setting} {ranks}")
 
 
 def _refuse(config: Mapping[str, Any], where: str, key: str, default: Any, allowed: tuple[Any, ...]) -> None:
@@ -182,12 +204,41 @@ def _refuse(config: Mapping[str, Any], where: str, key: str, default: Any, allow
         raise ValueError(f"{where}: {key} {value!r} is not supported, allowed are {', '.join(map(repr, allowed))}")
 
 
-def _rope_theta(config: Mapping[str, Any], where: str) -> float:
-    """`rope_theta` at the top (transformers 4) or inside `rope_parameters` (transformers 5)."""
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = config.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"{where}: {key}.rope_type {kind!r} is not supported, only unscaled positions are")
-    theta = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta", 10000.0))
-    return float(theta)
+def _rope(config: Mapping[str, Any], max_positions: int, where: str) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of rotary positions: `rope_theta` at the top and `rope_scaling` (transformers 4), or all in
+    `rope_parameters` (transformers 5). Where a file has both, `rope_scaling` counts, as in `transformers`.
+
+    Raises:
+        ValueError: a kind of scaling that is not built, or numbers that are none of Llama 3's.
+    """
+    place = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = config.get(place) or {}
+    theta = _number(rope, "rope_theta", f"{where}: {place}", config.get("rope_theta") or 10000.0)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"{where}: {place}.rope_type {kind!r} is not supported, allowed are 'default', 'llama3'")
+    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if share not in (None, 1.0):
+        raise ValueError(f"{where}: partial_rotary_factor {share!r} is not supported, only 1: every channel turns")
+    if kind == "default":
+        return theta, None
+    original = config.get("original_max_position_embeddings") or max_positions
+    scaling = RopeScaling(
+        factor=_number(rope, "factor", f"{where}: {place}"),
+        low_freq_factor=_number(rope, "low_freq_factor", f"{where}: {place}"),
+        high_freq_factor=_number(rope, "high_freq_factor", f"{where}: {place}"),
+        original_max_positions=int(_number(rope, "original_max_position_embeddings", f"{where}: {place}", original)),
+    )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise ValueError(
+            f"{where}: {place}.high_freq_factor {scaling.high_freq_factor:g} is not above low_freq_factor "
+            f"{scaling.low_freq_factor:g}"
+        )
+    return theta, scaling
+
+
+def _number(tree: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
+    value = tree.get(key, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"{where}.{key} must be a positive number, received {value!r}")
+    return float(value)
