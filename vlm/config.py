@@ -71,9 +71,13 @@ class Parallel(Tree):
     tensor: int = Field(gt=0)
     """Ranks that share each weight matrix."""
     pipeline: int = Field(gt=0)
-    """Ranks that share the stack of layers."""
+    """Ranks that share the language model's stack of layers; the vision model and the projector are on the first."""
     sequence: bool
     """Shard the activations between tensor-parallel regions along the sequence."""
+    distributed_optimizer: bool
+    """Shard masters and optimizer state over the data-parallel ranks (ZeRO 1)."""
+    recompute: bool
+    """Keep only each language layer's input and run the layer again in backward."""
 
     @property
     def world_size(self) -> int:
@@ -157,9 +161,36 @@ class Stage(Tree):
     iterations: int = Field(gt=0)
     save_interval: int = Field(gt=0)
     """Iterations between checkpoints; the last iteration is always saved."""
+    keep: int = Field(default=2, gt=0)
+    """The newest so many checkpoints stay. One of a 7B model with its optimizer takes about 100 GB."""
+    keep_best: bool = False
+    """Keep the checkpoint of the lowest validation loss too; `checkpoints/best` names it."""
     log_interval: int = Field(gt=0)
     """Iterations between lines of metrics."""
+    validation_interval: int = Field(default=0, ge=0)
+    """Iterations between measurements of the validation loss, which the last iteration always gets; 0 means never."""
+    validation_batches: int = Field(default=0, ge=0)
+    """Global batches measured each time, always the same ones; 0 means all of the validation split."""
+    early_stop: int | None = Field(default=None, gt=0)
+    """Training ends when so many validations in a row have not improved on the lowest loss before them."""
     optimizer: Optimizer
+
+    @model_validator(mode="after")
+    def _validated(self) -> Stage:
+        """What is decided by the validation loss needs one."""
+        interval = self.validation_interval
+        if self.early_stop is not None and not interval:
+            raise ValueError(f"early_stop: {self.early_stop} needs a validation_interval above 0")
+        if self.keep_best and (not interval or self.save_interval % interval):
+            raise ValueError(
+                f"keep_best: true needs every checkpoint validated: save_interval {self.save_interval} must be a "
+                f"multiple of validation_interval, which is {interval}"
+            )
+        return self
+
+
+OBSERVING = ("save_interval", "keep", "keep_best", "log_interval", "validation_interval", "validation_batches")
+"""Settings of a stage that decide what is seen and kept of its training, and not its weights."""
 
 
 class Captions(Source):
@@ -238,6 +269,11 @@ class Config(Tree):
             for data_set in stage.data:
                 if data_set not in self.data.sets:
                     raise ValueError(_unknown(f"{key}.data", data_set, list(self.data.sets)))
+            if stage.validation_interval and not any(self.data.sets[one].validation_share for one in stage.data):
+                raise ValueError(
+                    f"{key}.validation_interval: {stage.validation_interval} needs validation samples, but "
+                    f"validation_share is 0 in {', '.join(f'data.sets.{one}' for one in stage.data)}"
+                )
             if stage.global_batch % self.parallel.data:
                 raise ValueError(
                     f"{key}.global_batch: {stage.global_batch} is not a multiple of the {self.parallel.data} "

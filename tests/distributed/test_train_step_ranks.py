@@ -43,6 +43,7 @@ def train(rank: int, world: int, port: int, out: Path, broken: bool) -> None:
         num_micro_batches=NUM_MICRO_BATCHES // world,
         sequence_length=14,
         device=torch.device("cpu"),
+        sets=("set",),
     )
     lines, error = [], ""
     try:

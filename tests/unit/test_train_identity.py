@@ -50,8 +50,13 @@ def test_whatever_decides_the_weights_makes_another_run(change):
 @pytest.mark.parametrize(
     "change",
     [
-        {"stages__sft__save_interval": 7},
+        {"stages__sft__save_interval": 2000},
         {"stages__sft__log_interval": 7},
+        {"stages__sft__validation_interval": 100},
+        {"stages__sft__validation_batches": 7},
+        {"stages__sft__keep": 7},
+        {"stages__sft__keep_best": False},
+        {"stages__sft__early_stop": 7},
         {"stages__pretrain__optimizer__lr": 1.0},
         {"data__workers": 7},
         {"evaluation__batch_size": 7},

@@ -31,6 +31,7 @@ def build(model, config, loader):
         num_micro_batches=len(TRAINED),
         sequence_length=14,
         device=torch.device("cpu"),
+        sets=("set",),
     )
     return step, optimizer, schedule
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm import files
-from vlm.config import Config
+from vlm.config import OBSERVING, Config
 
 _BLOCK_BYTES = 1 << 16
 _BLOCKS = 64
@@ -26,10 +26,11 @@ def describe(config: Config, stage: str, parent: str, data: dict[str, str]) -> d
         parent: identity of the checkpoint it starts from.
         data: fingerprint of each data set's shards by name.
 
-    Intervals of saving and logging are left out, since they do not touch the weights; so are the number of loader
-    processes and ranks, which decide whether a checkpoint can be resumed and not what it is.
+    What is saved, logged and validated, and when that ends training, is left out, since it does not touch the weights
+    of an iteration; so are the number of loader processes and ranks, which decide whether a checkpoint can be resumed
+    and not what it is.
     """
-    settings = config.stages[stage].model_dump(mode="json", exclude={"save_interval", "log_interval"})
+    settings = config.stages[stage].model_dump(mode="json", exclude={*OBSERVING, "early_stop"})
     flat = {
         "seed": config.seed,
         "dtype": config.dtype,

@@ -10,29 +10,77 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from vlm import files
+from vlm.model.flops import StepFlops
 
-TIMES = ("tokens_per_second", "samples_per_second", "data_wait_seconds", "elapsed_seconds")
+TIMES = (
+    "tokens_per_second",
+    "samples_per_second",
+    "tflops_per_device",
+    "mfu",
+    "data_wait_seconds",
+    "peak_memory_bytes",
+    "elapsed_seconds",
+)
 """Fields of a line that differ between two runs of the same recipe."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one step did, over all its micro-batches and data-parallel ranks."""
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """What went through the model, over all micro-batches and data-parallel ranks."""
 
-    loss_sum: float  # nats, over trained tokens
-    trained_tokens: int
+    losses: dict[str, float]  # nats, summed over trained tokens, by data set
+    trained: dict[str, int]  # trained tokens, by data set
     tokens: int  # without padding
     samples: int
+    images: int
+    pairs: int  # of a query and a key that it sees
+
+    @property
+    def loss_sum(self) -> float:
+        return sum(self.losses.values())
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(self.trained.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Sums):
+    """What one step did."""
+
     gradient_norm: float  # before clipping
     seconds: float
     data_wait_seconds: float  # of this rank
+
+
+@dataclass(frozen=True)
+class Meter:
+    """How fast a run is for the devices it has."""
+
+    flops: StepFlops
+    devices: int
+    peak: float | None
+    """Operations per second of a device; None where that is unknown."""
+
+    def read(self, totals: Totals) -> dict[str, float]:
+        """Model TFLOP/s per device over the interval; their share of the device's peak (MFU) where that is known."""
+        done = self.flops(
+            tokens=totals.interval_tokens,
+            pairs=totals.interval_pairs,
+            images=totals.interval_images,
+            trained_tokens=sum(totals.interval_trained.values()),
+        )
+        rate = done / max(totals.interval_seconds, 1e-9) / self.devices
+        share = {} if self.peak is None else {"mfu": round(rate / self.peak, 4)}
+        return {"tflops_per_device": float(f"{rate / 1e12:.4g}"), **share}
 
 
 @dataclass
@@ -43,10 +91,12 @@ class Totals:
     tokens: int = 0
     trained_tokens: int = 0
     elapsed_seconds: float = 0.0
-    interval_loss_sum: float = 0.0
+    interval_losses: dict[str, float] = field(default_factory=dict)
+    interval_trained: dict[str, int] = field(default_factory=dict)
     interval_samples: int = 0
     interval_tokens: int = 0
-    interval_trained_tokens: int = 0
+    interval_images: int = 0
+    interval_pairs: int = 0
     interval_seconds: float = 0.0
     interval_data_wait_seconds: float = 0.0
 
@@ -55,24 +105,30 @@ class Totals:
         self.tokens += outcome.tokens
         self.trained_tokens += outcome.trained_tokens
         self.elapsed_seconds += outcome.seconds
-        self.interval_loss_sum += outcome.loss_sum
+        for name in outcome.losses:
+            self.interval_losses[name] = self.interval_losses.get(name, 0.0) + outcome.losses[name]
+            self.interval_trained[name] = self.interval_trained.get(name, 0) + outcome.trained[name]
         self.interval_samples += outcome.samples
         self.interval_tokens += outcome.tokens
-        self.interval_trained_tokens += outcome.trained_tokens
+        self.interval_images += outcome.images
+        self.interval_pairs += outcome.pairs
         self.interval_seconds += outcome.seconds
         self.interval_data_wait_seconds += outcome.data_wait_seconds
 
-    def line(self, iteration: int, outcome: Outcome, learning_rate: float) -> dict[str, float]:
+    def line(
+        self, iteration: int, outcome: Outcome, learning_rate: float, meter: Meter, peak_memory_bytes: int
+    ) -> dict[str, float]:
         """The interval as one line of metrics; starts the next interval.
 
-        `loss` is the mean over all trained tokens of the interval (nats); the gradient norm (before clipping) and
-        the learning rate are those of the line's own iteration; `samples`, `tokens` and `trained_tokens` count from
-        the start of the stage.
+        `loss` is the mean over all trained tokens of the interval (nats), `loss/<data set>` over those of one of
+        several data sets; the gradient norm (before clipping) and the learning rate are those of the line's own
+        iteration; `samples`, `tokens` and `trained_tokens` count from the start of the stage; waiting for data and
+        memory are the first rank's.
         """
         seconds = max(self.interval_seconds, 1e-9)
         line = {
             "iteration": iteration,
-            "loss": self.interval_loss_sum / max(self.interval_trained_tokens, 1),
+            **means("loss", self.interval_losses, self.interval_trained),
             "gradient_norm": outcome.gradient_norm,
             "learning_rate": learning_rate,
             "samples": self.samples,
@@ -80,13 +136,23 @@ class Totals:
             "trained_tokens": self.trained_tokens,
             "tokens_per_second": round(self.interval_tokens / seconds, 1),
             "samples_per_second": round(self.interval_samples / seconds, 2),
+            **meter.read(self),
             "data_wait_seconds": round(self.interval_data_wait_seconds, 4),
+            "peak_memory_bytes": peak_memory_bytes,
             "elapsed_seconds": round(self.elapsed_seconds, 3),
         }
-        for name in asdict(self):
+        for name, value in vars(self).items():
             if name.startswith("interval_"):
-                setattr(self, name, type(getattr(self, name))())
+                setattr(self, name, type(value)())
         return line
+
+
+def means(name: str, losses: Mapping[str, float], trained: Mapping[str, int]) -> dict[str, float]:
+    """`name`: nats per trained token; and `name/<data set>` where there are several, but for those without a token."""
+    found = {name: sum(losses.values()) / max(sum(trained.values()), 1)}
+    if len(losses) > 1:
+        found |= {f"{name}/{one}": losses[one] / trained[one] for one in losses if trained[one]}
+    return found
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

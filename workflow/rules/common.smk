@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
-from vlm.config import COMBINED, Stage, dump, validate
+from vlm.config import COMBINED, OBSERVING, Stage, dump, validate
 
 try:
     CONFIG = validate(config)
@@ -31,7 +31,6 @@ MODELS = [COMBINED, *STAGES]
 PARTS = ("language", "vision")
 EVALUATIONS = {"captions": CONFIG.evaluation.captions, "mmmu": CONFIG.evaluation.mmmu}
 SOURCES = {**CONFIG.data.sets, **EVALUATIONS}
-INTERVALS = ("save_interval", "log_interval")
 ON_THE_WAY = 5
 """Priority of what training waits for; evaluation (0) fills the cores that are left."""
 SAMPLING = ("image_resize", "shuffle_buffer", "packing_buffer")
@@ -107,8 +106,8 @@ def stage_inputs(wildcards):
 
 def stage_settings(wildcards):
     """What decides a stage's weights, as the trainer sees it too when it resumes. How many processes work on it, with
-    which kernels, and how often it saves and logs does not."""
-    own = [f"stages/{wildcards.stage}/{name}" for name in Stage.model_fields if name not in INTERVALS]
+    which kernels, and what it saves, logs and validates does not."""
+    own = [f"stages/{wildcards.stage}/{name}" for name in Stage.model_fields if name not in OBSERVING]
     return settings_text(*own, "seed", "dtype", *(f"data/{name}" for name in SAMPLING))
 
 
@@ -143,8 +142,6 @@ def launcher():
         raise WorkflowError(
             f"parallel.nodes: {parallel.nodes} machines are not supported yet, use 1 and raise parallel.ranks_per_node"
         )
-    if parallel.pipeline > 1:
-        raise WorkflowError(f"parallel.pipeline: {parallel.pipeline} stages are not supported yet, use 1")
     if parallel.world_size == 1:
         return "vlm"
     return f"torchrun --standalone --nproc-per-node={parallel.ranks_per_node} --no-python vlm"
