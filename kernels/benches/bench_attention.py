@@ -39,9 +39,9 @@ def pack(num_tokens: int) -> list[int]:
     return lengths
 
 
-def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
+def tensors(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    return [torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
 
 
 def stages(make: Callable[[], Forward], stage: str) -> Callable[[], Callable[[], object]]:
@@ -56,9 +56,9 @@ def stages(make: Callable[[], Forward], stage: str) -> Callable[[], Callable[[],
     return build
 
 
-def dense(provider: str, b: int, s: int, h: int, g: int, k: int, causal: bool) -> Forward:
+def dense(provider: str, dtype: torch.dtype, b: int, s: int, h: int, g: int, k: int, causal: bool) -> Forward:
     if provider in ("ours", "eager"):
-        leaves = tensors((s, b, h, k), (s, b, g, k), (s, b, g, k))
+        leaves = tensors(dtype, (s, b, h, k), (s, b, g, k), (s, b, g, k))
         if provider == "ours":
             return lambda: attention(*leaves, causal=causal), leaves
         return lambda: written_out(*leaves, causal), leaves
@@ -68,10 +68,10 @@ def dense(provider: str, b: int, s: int, h: int, g: int, k: int, causal: bool) -
             h, k, num_gqa_groups=g, attention_dropout=0.0, qkv_format="bshd",
             attn_mask_type="causal" if causal else "no_mask",
         )  # fmt: skip
-        leaves = tensors((b, s, h, k), (b, s, g, k), (b, s, g, k))
+        leaves = tensors(dtype, (b, s, h, k), (b, s, g, k), (b, s, g, k))
         return lambda: layer(*leaves), leaves
     backend = SDPBackend.FLASH_ATTENTION if provider == "sdpa_flash" else SDPBackend.CUDNN_ATTENTION
-    leaves = tensors((b, h, s, k), (b, g, s, k), (b, g, s, k))
+    leaves = tensors(dtype, (b, h, s, k), (b, g, s, k), (b, g, s, k))
 
     def forward() -> Tensor:
         with sdpa_kernel(backend):
@@ -90,17 +90,17 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("stage", ["forward", "forward + backward"])
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "bfloat16") for name in DENSE), ("Mistral S 4096", "float16")])
 @pytest.mark.parametrize("provider", ["ours", "transformer_engine", "sdpa_flash", "sdpa_cudnn", "eager"])
-def test_attention(measure, provider, name, stage):
+def test_attention(measure, provider, name, dtype, stage):
     b, s, h, g, k, causal = DENSE[name]
     forward_flop = 4 * b * s * s * h * k * (0.5 if causal else 1)
     measure(
-        stages(lambda: dense(provider, *DENSE[name]), stage),
+        stages(lambda: dense(provider, getattr(torch, dtype), *DENSE[name]), stage),
         provider=provider,
         operation="attention",
         shape=f"{name}: B {b}, S {s}, heads {h}/{g}, K {k}, {'causal' if causal else 'full'}",
-        dtype="bfloat16",
+        dtype=dtype,
         stage=stage,
         flop=forward_flop * (1 if stage == "forward" else 3.5),
         moved_bytes=2 * b * s * k * (2 * h + 2 * g) * (1 if stage == "forward" else 3),
@@ -109,7 +109,7 @@ def test_attention(measure, provider, name, stage):
 
 def packed(provider: str, lengths: list[int]) -> Forward:
     num_tokens, longest = sum(lengths), max(lengths)
-    leaves = tensors((num_tokens, H, K), (num_tokens, G, K), (num_tokens, G, K))
+    leaves = tensors(torch.bfloat16, (num_tokens, H, K), (num_tokens, G, K), (num_tokens, G, K))
     borders = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
     if provider == "ours":
         return lambda: attention(*leaves, causal=True, cu_seqlens=borders, max_seqlen=longest), leaves
@@ -123,7 +123,7 @@ def packed(provider: str, lengths: list[int]) -> Forward:
         if "enable_gqa" in known:
             options["enable_gqa"] = True
         else:
-            leaves = tensors(*[(num_tokens, H, K)] * 3)
+            leaves = tensors(torch.bfloat16, *[(num_tokens, H, K)] * 3)
         return lambda: varlen(*leaves, borders, borders, longest, longest, **options), leaves
     engine = importlib.import_module("transformer_engine.pytorch")
     layer = engine.DotProductAttention(

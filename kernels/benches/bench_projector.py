@@ -1,5 +1,8 @@
 """The projector at the recipe's sizes: features of 577 rows, of which 576 are written into sequences of 1024.
 
+Transformer Engine's part is two `Linear`. Its `LayerNormMLP` norms its input and gives rows as wide as those it took,
+so it computes something else.
+
 Shapes: N pictures, P patches, F projector hidden, D hidden, T tokens.
 """
 

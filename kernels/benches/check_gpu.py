@@ -2,10 +2,11 @@
 
     PYTHONPATH=kernels python3 kernels/benches/check_gpu.py attention          errors and times beside PyTorch's
     PYTHONPATH=kernels python3 kernels/benches/check_gpu.py attention tune     times of the neighbouring tiles
+    PYTHONPATH=kernels python3 kernels/benches/check_gpu.py projector          is it worth keeping the pre-activations?
 
 Errors are of parts of the result that fp64 can hold, beside those of the same formula in the inputs' type; "TOO LARGE"
-marks more than twice that. Times are medians over batches of replayed CUDA graphs between two events, on random data;
-backward is forward and backward less forward. (`tune` and decoding time plain calls.)
+marks more than twice that. Times are medians over batches of calls between two events, on random data; backward is
+forward and backward less forward.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vlm_kernels.attention  # noqa: F401
 from vlm_kernels.attention import attention
+from vlm_kernels.projector import _first_layer, project_image_tokens
 
 
 class Shape(NamedTuple):
@@ -65,24 +67,6 @@ def milliseconds(call: Callable[[], object], calls: int = 10, repeats: int = 7) 
         end.synchronize()
         times.append(start.elapsed_time(end) / calls)
     return statistics.median(times)
-
-
-def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """The call as a CUDA graph, so that Python's time is not measured; the call itself where it cannot be captured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError as error:
-        print(f"  not captured ({str(error).splitlines()[0][:100]}): Python's time counts", flush=True)
-        return call
-    return graph.replay
 
 
 def inputs_of(shape: Shape, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor | None]:
@@ -160,8 +144,8 @@ def timed(name: str, shape: Shape, forward: Callable[[], Tensor]) -> None:
     try:
         out = forward()
         leaves, w = _leaves(out), torch.randn_like(out)
-        ahead = milliseconds(captured(forward))
-        back = milliseconds(captured(lambda: torch.autograd.grad(forward(), leaves, w))) - ahead
+        ahead = milliseconds(forward)
+        back = milliseconds(lambda: torch.autograd.grad(forward(), leaves, w)) - ahead
     except Exception as error:  # a peer that this PyTorch or GPU lacks is a line, not the end
         print(f"  {name:28} failed: {type(error).__name__}: {str(error).splitlines()[0][:150]}", flush=True)
         return
@@ -270,7 +254,42 @@ def tune_attention() -> None:
             module.TILES[key] = chosen
 
 
-CHECKS = {("attention",): check_attention, ("attention", "tune"): tune_attention}
+def check_projector(patches: int = 576, vision: int = 1024, hidden: int = 4096, language: int = 4096) -> None:
+    """What keeping u costs (bytes, and the time to write them) beside what computing it again would (one product)."""
+    for num_pictures in (16, 64):
+        torch.manual_seed(0)
+
+        def random(*shape: int, scale: float = 1.0) -> Tensor:
+            return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * scale
+
+        x, bias = random(num_pictures, 1 + patches, vision), random(hidden)
+        fc1, fc2 = random(hidden, vision, scale=vision**-0.5), random(language, hidden, scale=hidden**-0.5)
+        into = random(num_pictures * 1024, language)
+        starts = torch.arange(num_pictures, device="cuda")[:, None] * 1024 + 1
+        positions = (starts + torch.arange(patches, device="cuda")).flatten()
+        leaves = [fc1.requires_grad_(), fc2.requires_grad_(), bias.requires_grad_()]
+        upstream = random(*into.shape)
+
+        def both(x=x, leaves=leaves, into=into, positions=positions, upstream=upstream) -> object:
+            fc1, fc2, bias = leaves
+            out = project_image_tokens(x, fc1, fc2, bias1=bias, into=into, positions=positions)
+            return torch.autograd.grad(out, leaves, upstream)
+
+        with torch.no_grad():
+            first = {
+                keep: milliseconds(lambda k=keep, x=x, w=fc1, b=bias: _first_layer(x, w, b, False, k))
+                for keep in (True, False)
+            }
+        whole = milliseconds(both)
+        again = whole + first[False]
+        print(
+            f"N {num_pictures}: u kept {whole:.3f} ms and {2 * num_pictures * patches * hidden / 2**30:.3f} GiB, "
+            f"computed again {again:.3f} ms; fc1 {first[True]:.3f} ms writing u, {first[False]:.3f} ms not",
+            flush=True,
+        )
+
+
+CHECKS = {("attention",): check_attention, ("attention", "tune"): tune_attention, ("projector",): check_projector}
 
 
 def main() -> None:
