@@ -95,6 +95,7 @@ def _add_train(commands: Any) -> None:
     train.add_argument("--start-from", type=Path, required=True, help="checkpoint or folder of the stage before")
     train.add_argument("--data", type=Path, required=True, help="folder that holds one indexed folder per data set")
     train.add_argument("--out", type=Path, required=True, help="folder of the stage")
+    train.add_argument("--stop-after", metavar="TIME", help="save and exit 75 before so long has passed: 90m, 3h50m")
 
 
 def _add_generate(commands: Any) -> None:

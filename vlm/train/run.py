@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
 
 from vlm import config as configuration
-from vlm.train.plan import prepare
+from vlm.train import launch
+from vlm.train.plan import Plan, prepare
+from vlm.train.stop import EXIT_STOPPED, Stop, parse_duration
 
 _NOISE = (
     "(Transformer Engine and )?Apex (is|are) not installed",  # one per module of megatron-core that has another way
@@ -17,7 +20,7 @@ _NOISE = (
 """Warnings that no setting of ours can heed."""
 
 
-def run(config: Path, stage: str, start_from: Path, data: Path, out: Path) -> int:
+def run(config: Path, stage: str, start_from: Path, data: Path, out: Path, stop_after: str | None = None) -> int:
     """Train a stage; go on from `out/checkpoints/latest` if that is the same run, and do nothing if it is finished.
 
     Args:
@@ -27,27 +30,44 @@ def run(config: Path, stage: str, start_from: Path, data: Path, out: Path) -> in
         data: holds one indexed folder per data set.
         out: gets `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `rejected.json` and, at the end, `finished.json`.
             What another run (other settings, parent or data) left there is moved to `out/previous-<hash8>`.
+        stop_after: how long this process may live, as `90m` or `3h50m`; it saves and ends while there is time to.
 
     Returns:
-        0, or 1 where loss or gradient were not finite.
+        0; 75 where a signal or `stop_after` ended it early and the same command goes on; 1 where loss or gradient were
+        not finite or a rank died.
 
     Raises:
         ValueError, FileNotFoundError: what was asked cannot be done; said before the first step.
     """
-    plan = prepare(configuration.load(config), stage, start_from, data, out)
+    settings = configuration.load(config)
+    budget_seconds = None if stop_after is None else parse_duration(stop_after)
+    plan = prepare(settings, stage, start_from, data, out)
     if (checkpoint := plan.finished()) is not None:
         print(f"{stage}: already finished, {checkpoint} is its last checkpoint", file=sys.stderr)
         return 0
+    if launch.needed(settings.parallel):
+        options = {"config": config, "stage": stage, "start-from": start_from, "data": data, "out": out}
+        command = [f"--{name}={value}" for name, value in options.items()]
+        command += [] if stop_after is None else [f"--stop-after={stop_after}"]
+        return launch.run([sys.executable, "-m", "vlm.cli", "train", *command], settings.parallel)
+    with Stop(budget_seconds, quiet=int(os.environ.get("RANK", "0")) > 0) as stop:
+        return _train(plan, stop)
 
+
+def _train(plan: Plan, stop: Stop) -> int:
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
     from vlm.train.step import NonFiniteError  # torch, megatron-core and Energon: 4 s
     from vlm.train.trainer import Trainer
 
     try:
-        with Trainer(plan) as trainer:
-            trainer.train()
+        with Trainer(plan, stop) as trainer:
+            stopped = trainer.train()
     except NonFiniteError as error:
         print(f"vlm: {error}", file=sys.stderr)
         return 1
-    return 0
+    if stopped is None:
+        return 0
+    if trainer.first_rank:
+        print(f"vlm: {stopped}", file=sys.stderr)
+    return EXIT_STOPPED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ from vlm.train import identity, optimizer
 from vlm.train.metrics import Outcome, Reporter, Totals
 from vlm.train.plan import Plan
 from vlm.train.step import NonFiniteError, Step
+from vlm.train.stop import Stop, name
 
 
 class Trainer:
@@ -26,13 +28,15 @@ class Trainer:
 
     Args:
         plan: what to train.
+        stop: says when to end early.
 
     Raises:
         ValueError: the processes, the checkpoint or the data do not fit the settings.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, stop: Stop) -> None:
         self.plan = plan
+        self.stop = stop
         self.totals = Totals()
         self.peak_memory_bytes = 0
         config, stage = plan.config, plan.settings
@@ -57,6 +61,7 @@ class Trainer:
             world=parallel_state.get_data_parallel_world_size(),
         )
         self.iteration = 0 if newest is None else self._resume(newest)
+        self.saved_iteration = self.iteration
         self._claim(known)
         self.last_good = newest or plan.parent
         self.step = Step(
@@ -86,23 +91,21 @@ class Trainer:
         if kind is None:  # after an error other ranks may still wait in a collective: leave at once
             parallel.destroy()
 
-    def train(self) -> None:
+    def train(self) -> str | None:
         """Run the iterations that are left, then write `finished.json`.
+
+        Returns:
+            None at the end; where it was asked to stop and has saved, a sentence that says so.
 
         Raises:
             NonFiniteError: names the iteration, the samples and the last good checkpoint. Nothing was saved since.
         """
         stage = self.plan.settings
+        self.stop.began()
         while self.iteration < stage.iterations:
-            self.schedule.step(1)
-            try:
-                outcome = self.step()
-            except NonFiniteError as error:
-                raise NonFiniteError(
-                    f"{self.plan.stage}: iteration {self.iteration + 1} is not finite: {error}. "
-                    f"The last good checkpoint is {self.last_good}; nothing was written over it."
-                ) from None
-            self.iteration += 1
+            if code := self._agreed(self.stop.code):
+                return self._leave(code)
+            outcome = self._step()
             last = self.iteration == stage.iterations
             self._report(outcome, now=last or self.iteration % stage.log_interval == 0)
             if last or self.iteration % stage.save_interval == 0:
@@ -110,6 +113,37 @@ class Trainer:
         rejected = self._rejected()
         if self.first_rank:
             self._finish(rejected)
+        return None
+
+    def _step(self) -> Outcome:
+        self.schedule.step(1)
+        try:
+            outcome = self.step()
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{self.plan.stage}: iteration {self.iteration + 1} is not finite: {error}. "
+                f"The last good checkpoint is {self.last_good}; nothing was written over it."
+            ) from None
+        self.stop.stepped(outcome.seconds)
+        self.iteration += 1
+        return outcome
+
+    def _agreed(self, value: int) -> int:
+        """The largest of all ranks' values: what one rank was asked for, all do, at the same iteration."""
+        if torch.distributed.get_world_size() == 1:
+            return value
+        largest = torch.tensor(value)  # on the CPU, so that a GPU that is still busy is not waited for
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        return int(largest)
+
+    def _leave(self, code: int) -> str:
+        """Save what is not yet saved."""
+        if self.iteration > self.saved_iteration:
+            self._save()
+        return (
+            f"{self.plan.stage}: stopped by {name(code)} after iteration {self.iteration} of "
+            f"{self.plan.settings.iterations}, all of it is in {self.last_good}; the same command goes on from there"
+        )
 
     def _report(self, outcome: Outcome, *, now: bool) -> None:
         self.totals.add(outcome)
@@ -158,6 +192,7 @@ class Trainer:
         return {key: reason for rank in ranks for key, reason in sorted(rank.items())}
 
     def _save(self) -> None:
+        started = time.monotonic()
         self.reporter.sync()
         self.last_good = checkpoint.save_stage(
             self.plan.out,
@@ -172,6 +207,8 @@ class Trainer:
             loader=self.loader.state(),
             extra={"totals": asdict(self.totals), "layout": self._layout(), "peak_memory_bytes": self._peak_memory()},
         )
+        self.saved_iteration = self.iteration
+        self.stop.saved(time.monotonic() - started)
 
     def _peak_memory(self) -> int:
         """Largest memory of this rank over all its processes so far: on its GPU, or in all where it has none."""

@@ -136,15 +136,13 @@ def task_settings(wildcards):
 
 
 def launcher():
-    """How a training job starts its ranks. Never fewer than the configuration promises."""
+    """What starts a training job; `vlm train` starts its ranks itself, as many as the configuration promises."""
     parallel = CONFIG.parallel
     if parallel.nodes > 1:
         raise WorkflowError(
             f"parallel.nodes: {parallel.nodes} machines are not supported yet, use 1 and raise parallel.ranks_per_node"
         )
-    if parallel.world_size == 1:
-        return "vlm"
-    return f"torchrun --standalone --nproc-per-node={parallel.ranks_per_node} --no-python vlm"
+    return "vlm"
 
 
 def check_names():
