@@ -5,10 +5,11 @@ Standard library only, so that a command that needs neither torch nor a GPU can 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,12 +123,57 @@ def put_in_place(folder: Path, out: Path) -> None:
 
 
 @contextmanager
-def writing(out: Path) -> Iterator[Path]:
-    """Prepare a folder beside `out`, and rename it when the block ends well; else nothing of it is left."""
-    folder = beside(Path(out))
+def writing(
+    out: Path, *, reads: Iterable[Path] = (), needed_bytes: int = 0, replaces: str | None = None
+) -> Iterator[Path]:
+    """Prepare a folder beside `out`, and rename it when the block ends well; else nothing of it is left.
+
+    Args:
+        reads: folders that the block reads; `out` may not lie in them, nor they in it, since it is replaced.
+        needed_bytes: what the block will write; refused at once where the disk has less.
+        replaces: a file by which an older `out` is known as one of ours; any other folder that is not empty is refused.
+
+    Raises:
+        ValueError: naming `out`: it cannot be written there, or the disk is or becomes full.
+    """
+    out = Path(out)
+    _check_place(out, reads, replaces)
     try:
+        folder = beside(out)
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written: {error.strerror} ({error.filename})") from None
+    try:
+        free = shutil.disk_usage(folder).free
+        if free < needed_bytes:
+            raise ValueError(f"{out}: needs {needed_bytes:,} bytes, and its disk has {free:,} free")
         yield folder
-        put_in_place(folder, Path(out))
-    except BaseException:
+        put_in_place(folder, out)
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if _is_disk_full(error):
+            raise ValueError(
+                f"{out}: its disk became full; {needed_bytes:,} bytes are needed, nothing is left"
+            ) from error
         raise
+
+
+def _check_place(out: Path, reads: Iterable[Path], replaces: str | None) -> None:
+    place = out.resolve()
+    for source in reads:
+        inside, holds = place.is_relative_to(source.resolve()), source.resolve().is_relative_to(place)
+        if inside or holds:
+            how = "is" if inside and holds else "lies inside" if inside else "holds"
+            raise ValueError(f"{out}: {how} {source}, which is read; choose a place outside of it")
+    if out.is_dir() and replaces and not (out / replaces).is_file() and any(out.iterdir()):
+        raise ValueError(f"{out}: holds other files (there is no {replaces}), which would be lost; name a new folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; name a new folder")
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Whether that is what an exception is about; torch reports it as an error of its own kind."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

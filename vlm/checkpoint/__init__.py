@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vlm.checkpoint.manifest import PARTS, Manifest, Parent, read_manifest
+from vlm.checkpoint.manifest import PARTS, Manifest, Parent, check_settings, read_manifest
 from vlm.checkpoint.places import chain, huggingface, latest, resolve
 from vlm.files import writing
 
@@ -36,6 +36,7 @@ __all__ = [
     "Resumed",
     "Tensors",
     "chain",
+    "check_settings",
     "huggingface",
     "latest",
     "load_model",

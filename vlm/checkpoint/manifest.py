@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from vlm import files
+from vlm.config import Config
 
 NAME = "manifest.json"
 PARTS = {"vision": "vision_model", "projector": "vision_projection", "language": "language_model"}
@@ -43,13 +45,16 @@ class Manifest:
     training: str | None = None
     """Hash of everything that decides the weights of a stage."""
     parent: Parent | None = None
+    configuration: str | None = None
+    """SHA-256 of the resolved configuration of the run that wrote it. No part of the identity: most of the settings do
+    not touch these weights, and those that do are in `models`, `settings` and `training`."""
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
         """SHA-256 of where the weights come from: equal for equal inputs, wherever the folder lies."""
         tree = asdict(self)
-        del tree["versions"]
+        del tree["versions"], tree["configuration"]
         tree["parent"] = self.parent.identity if self.parent else None
         for model in tree["models"].values():
             for place in ("source", "revision"):  # `sources` has the content
@@ -69,6 +74,36 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def check_settings(config: Config, where: Path, models: Mapping[str, Any], image_resize: str | None) -> None:
+    """Refuse weights that the configuration does not describe, before anything is done with them.
+
+    Which base models they are is not compared: a folder may have moved, and their sizes are in the checkpoint.
+
+    Args:
+        where: the checkpoint or exported folder.
+        models: what it was made with, as the configuration's `models`.
+        image_resize: how its pictures were prepared; None where it does not say.
+
+    Raises:
+        ValueError: naming the key and both values.
+    """
+    ours = config.models.model_dump(mode="json")
+    pairs = {
+        f"models.{part}.{name}": (ours[part][name], models.get(part, {}).get(name))
+        for part, name in (
+            ("language", "image_token"),
+            ("vision", "feature_layer"),
+            ("projector", "hidden_size"),
+            ("projector", "bias"),
+        )
+    }
+    if image_resize is not None:
+        pairs["data.image_resize"] = (config.data.image_resize, image_resize)
+    for key, (wanted, there) in pairs.items():
+        if there != wanted:
+            raise ValueError(f"{key}: is {wanted!r}, but the checkpoint {where} was made with {there!r}")
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -14,11 +14,11 @@ from tqdm import tqdm
 from vlm import checkpoint
 from vlm import config as settings
 from vlm.checkpoint import PARTS, Manifest, Tensors
-from vlm.checkpoint.manifest import Kind
+from vlm.checkpoint.manifest import NAME, Kind
 from vlm.checkpoint.tensors import Spec
-from vlm.convert.source import read_config
+from vlm.convert.source import read_config, sha256
 from vlm.model.sizes import language_sizes, vision_sizes
-from vlm.weights import projector_table
+from vlm.weights import language_table, projector_table, vision_table
 from vlm.weights.tables import num_bytes
 
 
@@ -41,6 +41,8 @@ def combine(config: Path, language: Path, vision: Path, out: Path) -> None:
     }
     folders = {kind: tensors.links[0][0] for kind, tensors in parents.items()}
     manifests = {kind: tensors.links[0][1] for kind, tensors in parents.items()}
+    for kind, tensors in parents.items():
+        _check_weights(kind, tensors)
     projector = _projector(run, folders)
     image_token_id(folders["language"], run.models.language.image_token)
 
@@ -49,7 +51,8 @@ def combine(config: Path, language: Path, vision: Path, out: Path) -> None:
         specs.update(tensors.specs)
     specs.update({key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in projector.items()})
     total = sum(num_bytes(shape, dtype) for dtype, shape in specs.values())
-    with checkpoint.writing(Path(out)) as folder:
+    reads = folders.values()
+    with checkpoint.writing(Path(out), reads=reads, needed_bytes=total, replaces=NAME) as folder:
         with tqdm(total=total, desc="combine", unit="B", unit_scale=True) as bar:
 
             def make(key: str) -> Tensor:
@@ -67,6 +70,7 @@ def combine(config: Path, language: Path, vision: Path, out: Path) -> None:
             sources={name: digest for manifest in manifests.values() for name, digest in manifest.sources.items()},
             models=run.models.model_dump(mode="json"),
             settings={"seed": run.seed, "dtype": run.dtype, "image_resize": run.data.image_resize},
+            configuration=sha256(Path(config)),
         ).write(folder)
 
 
@@ -103,6 +107,20 @@ def _of_kind(path: Path, kind: Kind) -> Path:
     if (other := checkpoint.read_manifest(found).kind) != kind:
         raise ValueError(f"{path}: is a {other} checkpoint, expected one of `vlm convert {kind}`")
     return found
+
+
+def _check_weights(kind: str, tensors: Tensors) -> None:
+    """Refuse a converted model whose weights are not those that its config.json describes."""
+    folder = tensors.links[0][0]
+    config = read_config(checkpoint.huggingface(folder, kind))
+    table = language_table(config) if kind == "language" else vision_table(config)
+    wanted = {row.ours: row.shape for row in table.rows}
+    found = {key: tuple(shape) for key, (_, shape) in tensors.specs.items()}
+    for key in {**wanted, **found}:
+        if wanted.get(key) != found.get(key):
+            raise ValueError(
+                f"{folder}: {key} has shape {found.get(key)}, its config.json gives {wanted.get(key)}; convert it again"
+            )
 
 
 def _projector(run: settings.Config, folders: dict[str, Path]) -> dict[str, Tensor]:

@@ -18,8 +18,10 @@ from vlm import images as pictures
 from vlm.checkpoint import Tensors
 from vlm.checkpoint.manifest import versions
 from vlm.convert.combine import image_token_id
+from vlm.convert.vision import read as read_vision
 from vlm.model import build_from_checkpoint
 from vlm.model.sizes import LanguageSizes, language_sizes, vision_sizes
+from vlm.weights import OPENAI, vision_naming, vision_table
 
 BATCH, TEXT_TOKENS, SEED = 2, 24, 20240229
 
@@ -63,7 +65,7 @@ def verify(checkpoint: Path, language: Path, vision: Path, out: Path, tolerance:
 
 def _compare(path: Path, language: Path, vision: Path) -> Iterator[tuple[str, dict[str, float]]]:
     """Differences by name. `transformers`' language and vision model are joined for the third, not loaded again."""
-    from transformers import AutoModelForCausalLM, CLIPVisionModel
+    from transformers import AutoModelForCausalLM
 
     path = checkpoint.resolve(path)
     manifest = checkpoint.read_manifest(path)
@@ -85,7 +87,7 @@ def _compare(path: Path, language: Path, vision: Path) -> Iterator[tuple[str, di
         yield "language logits", _difference(ours_BSV, their_language(text_BS).logits)
 
         images = _pictures(files.read_json(sides["vision"] / "config.json"), generator).to(device)
-        their_vision = CLIPVisionModel.from_pretrained(vision, dtype=torch.float32).to(device).eval()
+        their_vision = _vision_model(vision).to(device).eval()
         pixels = pictures.normalise(images, ours.image_mean, ours.image_std, torch.float32)
         features_NPD = their_vision(pixels, output_hidden_states=True).hidden_states[layer][:, 1:]
         yield "vision features", _difference(ours.image_features(images), features_NPD)
@@ -96,6 +98,26 @@ def _compare(path: Path, language: Path, vision: Path) -> Iterator[tuple[str, di
         ours_BSV = ours.logits(mixed_BS, positions_BS, images=images, image_positions=slots, last_only=False)
         theirs_BSV = their_llava(input_ids=mixed_BS, pixel_values=pixels).logits
         yield "combined logits", _difference(ours_BSV, theirs_BSV)
+
+
+def _vision_model(folder: Path) -> Any:
+    """`transformers`' model of a vision folder, in fp32.
+
+    OpenAI's names `transformers` does not read; there each tensor is Hugging Face's, but for [q; k; v] in one.
+    """
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    weights, config, table = read_vision(folder)
+    if vision_naming(weights.entries)[0] is not OPENAI:
+        return CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
+    names = {row.ours: row.theirs for row in vision_table(config).rows}
+    state: dict[str, Tensor] = {}
+    for row in table.rows:
+        pieces = weights.read(row.theirs[0]).float().chunk(len(names[row.ours]))
+        state.update(zip(names[row.ours], pieces, strict=True))
+    model = CLIPVisionModel(CLIPVisionConfig(**config))
+    model.load_state_dict(state)
+    return model
 
 
 def _text(sizes: LanguageSizes, image_token: int, generator: torch.Generator) -> Tensor:

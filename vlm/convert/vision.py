@@ -6,33 +6,50 @@ from pathlib import Path
 from typing import Any
 
 from vlm.convert import source as sources
-from vlm.weights import Folder, vision_table
+from vlm.model.sizes import openai_vision_config
+from vlm.weights import OPENAI, Folder, Table, vision_naming, vision_table
 
 SIDE_FILES = ("preprocessor_config.json", "LICENSE")
-_PREFIXES = ("vision_model.", "")
-"""Of the names in a `CLIPModel` and in files of transformers 4; transformers 5 writes a `CLIPVisionModel` without."""
 
 
 def convert(source: Path, out: Path) -> None:
-    """Convert a `CLIPVisionModel` or `CLIPModel` folder with safetensors; a text tower is left out.
+    """Convert a CLIP vision tower with safetensors; a text tower and the projection into the joint space are left out.
 
     Args:
-        source: the folder; left as it is.
+        source: folder of a `CLIPVisionModel`, `CLIPVisionModelWithProjection` or `CLIPModel`, or one in OpenAI's own
+            names (`visual.*`), which needs no config.json; left as it is.
         out: the checkpoint. Complete or absent; what was there before is replaced at the end.
 
     Raises:
         ValueError: naming the file and the key or weight, as `vlm.convert.language`.
     """
-    source = Path(source)
-    config = sources.read_config(source)
-    weights = Folder(source)
-    prefix = weights.prefix("embeddings.class_embedding", _PREFIXES)
-    table = vision_table(config, theirs=prefix)
+    weights, config, table = read(Path(source))
+    sources.write("vision", "vision_model", weights, table, Path(out), config, SIDE_FILES)
+
+
+def read(source: Path) -> tuple[Folder, dict[str, Any], Table]:
+    """The weights of a vision tower, its settings as those of a `CLIPVisionModel`, and what its weights are called.
+
+    Raises:
+        ValueError: see `convert`.
+    """
+    weights = sources.open_folder(source)
+    naming, prefix = vision_naming(weights.entries)
+    if naming is OPENAI and not (source / "config.json").is_file():
+        if (source / "open_clip_config.json").is_file():
+            raise ValueError(
+                f"{source}: has open_clip_config.json, whose activation may be another than OpenAI's; write its sizes "
+                "and hidden_act as the config.json of a CLIPVisionModel"
+            )
+        config = openai_vision_config(source, {name: entry.shape for name, entry in weights.entries.items()})
+    else:
+        config = sources.read_config(source)
+    table = vision_table(config, theirs=prefix, naming=naming)
     weights.check(table)
-    sources.write("vision", "vision_model", weights, table, Path(out), _tower(config), SIDE_FILES)
+    return weights, tower(config), table
 
 
-def _tower(config: dict[str, Any]) -> dict[str, Any]:
+def tower(config: dict[str, Any]) -> dict[str, Any]:
     """Settings of the vision tower alone."""
-    tower = config.get("vision_config", config)
-    return {**tower, "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"}
+    inside = config.get("vision_config", config)
+    return {**inside, "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"}

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal, cast
 import numpy as np
 
 from vlm import checkpoint, images, parallel, weights
-from vlm.config import Kernels
+from vlm.checkpoint import Manifest
+from vlm.config import Config, Kernels
 from vlm.generate.decode import Prompt, greedy
 from vlm.prompt import Prompter
 
@@ -75,6 +76,26 @@ def identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def check(config: Config, folder: Path) -> None:
+    """Refuse a model that the configuration does not describe; the prompts are asked as it was trained.
+
+    Raises:
+        ValueError: naming the key and both values, or that the folder is no model.
+    """
+    if weights.is_exported(folder):
+        exported = weights.read_exported(folder)
+        checkpoint.check_settings(config, folder, exported.models.model_dump(), exported.image_resize)
+    else:
+        manifest = checkpoint.read_manifest(checkpoint.resolve(folder))
+        _whole(folder, manifest)
+        checkpoint.check_settings(config, folder, manifest.models, manifest.settings["image_resize"])
+
+
+def _whole(folder: Path, manifest: Manifest) -> None:
+    if manifest.kind not in ("combined", "stage"):
+        raise ValueError(f"{folder}: holds a {manifest.kind} model alone, which cannot answer about pictures")
+
+
 def load(folder: Path, *, backend: Backend = "torch", dtype: Dtype | None = None) -> Speaker:
     """Load a model into this process, ready to answer.
 
@@ -91,8 +112,7 @@ def load(folder: Path, *, backend: Backend = "torch", dtype: Dtype | None = None
         return _load_exported(folder, backend, dtype)
     found = checkpoint.resolve(folder)
     manifest = checkpoint.read_manifest(found)
-    if manifest.kind not in ("combined", "stage"):
-        raise ValueError(f"{found}: holds a {manifest.kind} model alone, which cannot answer about pictures")
+    _whole(found, manifest)
     from vlm.model import build_from_checkpoint
 
     model = build_from_checkpoint(found, backend=backend, dtype=dtype or manifest.settings["dtype"])

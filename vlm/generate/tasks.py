@@ -52,6 +52,7 @@ def generate(config: Path, checkpoint: Path, task: str, source: Path, out: Path)
     max_new_tokens = TASKS[task].settings(settings).max_new_tokens
     from vlm.generate import speaker  # megatron-core, after what can be refused without it
 
+    speaker.check(settings, checkpoint)
     made_by = {
         "checkpoint": speaker.identity(checkpoint)[:HASH_LENGTH],
         "settings": _hash(items, max_new_tokens, settings.data.image_resize, settings.dtype),
@@ -59,8 +60,6 @@ def generate(config: Path, checkpoint: Path, task: str, source: Path, out: Path)
     done = take_up(out, made_by, {item.id for item in items})
     if len(done) < len(items):
         model = speaker.load(checkpoint, backend=settings.kernels.backend, dtype=settings.dtype)
-        if model.resize != settings.data.image_resize:
-            raise ValueError(f"data.image_resize: {checkpoint} was trained with {model.resize!r}")
         partial = partial_of(out)
         partial.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "a", encoding="utf-8") as stream:

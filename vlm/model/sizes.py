@@ -5,6 +5,8 @@ Defaults are those of `transformers`' MistralConfig, LlamaConfig and CLIPVisionC
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -170,6 +172,52 @@ def vision_sizes(config: Mapping[str, Any], tensor: int = 1) -> VisionSizes:
     _divides(where, "num_attention_heads", heads, tensor)
     _divides(where, "intermediate_size", sizes.ffn_hidden_size, tensor)
     return sizes
+
+
+OPENAI_HEAD_DIM = 64
+"""Of every vision transformer that OpenAI published (clip/model.py: `vision_heads = vision_width // 64`)."""
+
+
+def openai_vision_config(folder: object, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The `config.json` of a vision tower in OpenAI's own names, read off the shapes of its tensors.
+
+    Heads, activation and epsilon are no shapes: they are those of all of OpenAI's models.
+
+    Args:
+        folder: named where it is refused.
+        shapes: of its tensors by name.
+
+    Raises:
+        ValueError: the tensors are no square vision transformer's.
+    """
+    where = f"{folder}: without a config.json sizes are read from the weights"
+    names = {"class_embedding": 1, "conv1.weight": 4, "positional_embedding": 2}
+    names["transformer.resblocks.0.mlp.c_fc.weight"] = 2
+    for name, num_dims in names.items():
+        if len(shapes.get(f"visual.{name}", ())) != num_dims:
+            raise ValueError(f"{where}, and there is no visual.{name} of {num_dims} dimensions")
+    (width,), conv, positions, mlp = (shapes[f"visual.{name}"] for name in names)
+    side = math.isqrt(positions[0] - 1)
+    if side**2 != positions[0] - 1:
+        raise ValueError(f"{where}: {positions[0] - 1} patch positions in visual.positional_embedding are no square")
+    if width % OPENAI_HEAD_DIM:
+        raise ValueError(
+            f"{where}: a width of {width} is no multiple of {OPENAI_HEAD_DIM}, the head dim of OpenAI's CLIP"
+        )
+    blocks = [re.match(r"visual\.transformer\.resblocks\.(\d+)\.", name) for name in shapes]
+    return {
+        "architectures": ["CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+        "hidden_size": width,
+        "intermediate_size": mlp[0],
+        "num_hidden_layers": 1 + max(int(block[1]) for block in blocks if block),
+        "num_attention_heads": width // OPENAI_HEAD_DIM,
+        "num_channels": 3,
+        "image_size": side * conv[-1],
+        "patch_size": conv[-1],
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    }
 
 
 def _architecture(

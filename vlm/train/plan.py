@@ -67,7 +67,7 @@ def prepare(config: Config, stage: str, start_from: Path, data: Path, out: Path)
     parent = checkpoint.resolve(start_from)
     manifest = checkpoint.read_manifest(parent)
     _check_parent(config, stage, start_from, parent, manifest)
-    _check_models(config, parent, manifest)
+    checkpoint.check_settings(config, parent, manifest.models, manifest.settings.get("image_resize"))
     _check_sizes(config, stage, parent)
     folders = {name: data / name for name in config.stages[stage].data}
     fingerprints = {name: identity.fingerprint(folder) for name, folder in folders.items()}
@@ -90,30 +90,11 @@ def _check_parent(config: Config, stage: str, start_from: Path, parent: Path, ma
         )
 
 
-def _check_models(config: Config, parent: Path, manifest: Manifest) -> None:
-    ours = config.models
-    pairs = {
-        "models.language.image_token": (ours.language.image_token, ("language", "image_token")),
-        "models.vision.feature_layer": (ours.vision.feature_layer, ("vision", "feature_layer")),
-        "models.projector.hidden_size": (ours.projector.hidden_size, ("projector", "hidden_size")),
-        "models.projector.bias": (ours.projector.bias, ("projector", "bias")),
-    }
-    for key, (value, (model, name)) in pairs.items():
-        there = manifest.models.get(model, {}).get(name)
-        if there != value:
-            raise ValueError(f"{key}: is {value!r}, but the checkpoint {parent} was made with {there!r}")
-    there = manifest.settings.get("image_resize", config.data.image_resize)
-    if there != config.data.image_resize:
-        raise ValueError(
-            f"data.image_resize: is {config.data.image_resize!r}, but the checkpoint {parent} was made with {there!r}"
-        )
-
-
 def _check_sizes(config: Config, stage: str, parent: Path) -> None:
     read = {
         part: files.read_json(checkpoint.huggingface(parent, part) / "config.json") for part in ("language", "vision")
     }
-    language_sizes(read["language"], config.parallel.tensor)
+    language_sizes(read["language"], config.parallel.tensor, config.parallel.pipeline)
     vision = vision_sizes(read["vision"], config.parallel.tensor)
     needed = vision.num_image_tokens + _TURN_TOKENS
     length = config.stages[stage].sequence_length

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from vlm.weights.exported import Exported, is_exported, load_exported, read_exported
 from vlm.weights.folder import Folder, write_sharded
-from vlm.weights.tables import Row, Table, language_table, projector_table, vision_table
+from vlm.weights.tables import OPENAI, Row, Table, language_table, projector_table, vision_naming, vision_table
 
 __all__ = [
+    "OPENAI",
     "Exported",
     "Folder",
     "Row",
@@ -16,6 +17,7 @@ __all__ = [
     "load_exported",
     "projector_table",
     "read_exported",
+    "vision_naming",
     "vision_table",
     "write_sharded",
 ]

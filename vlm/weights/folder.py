@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,13 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+_PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
+"""How pickles begin, and the zip archives that torch.save puts them in."""
+PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
+_PICKLED = (
+    "pickled weights are refused because loading them can run any code: load the model where you trust it and save it "
+    "with save_pretrained, which writes safetensors"
+)
 
 
 @dataclass(frozen=True)
@@ -35,43 +43,61 @@ class Entry:
     """Where one tensor lies."""
 
     file: Path
-    dtype: torch.dtype
+    type: str
+    """As the header names it; `DTYPES` has those that are read."""
     shape: Shape
     start: int
     """Offset in the file in bytes."""
+    num_bytes: int
 
 
 def read_header(file: Path) -> dict[str, Entry]:
     """Names, types, shapes and places of all tensors of one file.
 
     Raises:
-        ValueError: the file is not safetensors, is truncated, or holds a type that is not a floating-point one.
+        ValueError: the file is not safetensors, is truncated, or its tensors do not fill it one after the other.
     """
     size = file.stat().st_size
     with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        first = stream.read(9)
+        length = int.from_bytes(first[:8], "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"{file}: is truncated or not a safetensors file")
+            if first.startswith(_PICKLES):
+                raise ValueError(f"{file}: is a pickle, not a safetensors file; {_PICKLED}")
+            cut = "is truncated inside its header" if first[8:] == b"{" else "is truncated or not a safetensors file"
+            raise ValueError(f"{file}: {cut}")
+        stream.seek(8)
         try:
             header = json.loads(stream.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise ValueError(f"{file}: is not a safetensors file (its header is not JSON)") from None
-    entries = {}
-    for name, item in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = item["data_offsets"]
-        if item["dtype"] not in DTYPES:
-            # Only position_ids and the like; the caller finds out whether it was needed.
-            continue
-        dtype, shape = DTYPES[item["dtype"]], tuple(item["shape"])
-        if end - begin != num_bytes(shape, dtype):
-            raise ValueError(f"{file}: {name} has {end - begin} bytes, its shape {list(shape)} needs another number")
-        entries[name] = Entry(file, dtype, shape, 8 + length + begin)
-    needed = 8 + length + max((item["data_offsets"][1] for n, item in header.items() if n != "__metadata__"), default=0)
-    if size < needed:
-        raise ValueError(f"{file}: is truncated, {size} of {needed} bytes are there")
-    return entries
+    try:
+        found = {
+            name: (item["data_offsets"], Entry(file, item["dtype"], tuple(item["shape"]), *_place(item, 8 + length)))
+            for name, item in header.items()
+            if name != "__metadata__"
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{file}: is not a safetensors file (its header describes no tensors)") from None
+    end = 0
+    for name, ((begin, stop), entry) in sorted(found.items(), key=lambda item: item[1][0]):
+        if begin != end or stop < begin:
+            raise ValueError(f"{file}: is damaged, {name} begins at byte {begin} of the data, expected {end}")
+        needed = num_bytes(entry.shape, DTYPES[entry.type]) if entry.type in DTYPES else stop - begin
+        if stop - begin != needed:
+            raise ValueError(
+                f"{file}: is damaged, {name} has {stop - begin} bytes, its shape {list(entry.shape)} needs {needed}"
+            )
+        end = stop
+    if size != 8 + length + end:
+        state = "truncated" if size < 8 + length + end else "damaged"
+        raise ValueError(f"{file}: is {state}, it has {size} bytes and its header describes {8 + length + end}")
+    return {name: entry for name, (_, entry) in found.items()}
+
+
+def _place(item: Any, data: int) -> tuple[int, int]:
+    begin, end = map(int, item["data_offsets"])
+    return data + begin, end - begin
 
 
 class Folder:
@@ -81,36 +107,29 @@ class Folder:
         """Read all headers.
 
         Raises:
-            ValueError: no safetensors (pickles are refused by name), a missing shard, a truncated file.
+            ValueError: no safetensors (pickles are refused by name), a missing shard, a shard without a weight that the
+                index places there, a truncated file.
         """
         self.path = path
-        if (path / INDEX).is_file():
-            weight_map: dict[str, str] = read_json(path / INDEX).get("weight_map", {})
-            self.files = [path / name for name in sorted(set(weight_map.values()))]
-            missing = [file.name for file in self.files if not file.is_file()]
-            if missing:
-                raise ValueError(f"{path / INDEX}: names {', '.join(missing)}, which the folder does not hold")
-        elif (path / SINGLE).is_file():
-            weight_map, self.files = {}, [path / SINGLE]
-        else:
-            pickles = sorted(file.name for ending in ("bin", "pt", "pth") for file in path.glob(f"*.{ending}"))
-            if pickles:
-                raise ValueError(
-                    f"{path}: holds {', '.join(pickles)} but no safetensors; pickled weights are refused because "
-                    "loading them can run any code: save the model with save_pretrained(safe_serialization=True)"
-                )
-            raise ValueError(f"{path}: holds neither {SINGLE} nor {INDEX}")
+        weight_map = _weight_map(path)
+        self.files = [path / name for name in sorted(set(weight_map.values()))] if weight_map else [_only_file(path)]
+        missing = [file.name for file in self.files if not file.is_file()]
+        if missing:
+            raise ValueError(f"{path / INDEX}: names {', '.join(missing)}, which the folder does not hold")
         self.entries: dict[str, Entry] = {}
         for file in self.files:
-            self.entries.update(read_header(file))
+            for name, entry in read_header(file).items():
+                if name in self.entries:
+                    raise ValueError(f"{path}: {name} is in {self.entries[name].file.name} and in {file.name}")
+                self.entries[name] = entry
         for name, file_name in weight_map.items():
-            if name in self.entries and self.entries[name].file.name != file_name:
-                raise ValueError(f"{path / INDEX}: {name} should be in {file_name}, found elsewhere")
+            if name not in self.entries or self.entries[name].file.name != file_name:
+                raise ValueError(f"{path / INDEX}: names {name} in {file_name}, which does not hold it")
 
     def read(self, name: str) -> Tensor:
         """One tensor, in its stored type."""
         entry = self.entries[name]
-        tensor = torch.empty(num_bytes(entry.shape, entry.dtype), dtype=torch.uint8)
+        tensor = torch.empty(entry.num_bytes, dtype=torch.uint8)
         with open(entry.file, "rb", buffering=0) as stream:
             stream.seek(entry.start)
             view = memoryview(tensor.numpy())
@@ -120,7 +139,7 @@ class Folder:
                 if not count:
                     raise ValueError(f"{entry.file}: is truncated inside {name}")
                 done += count
-        return tensor.view(entry.dtype).view(entry.shape)
+        return tensor.view(DTYPES[entry.type]).view(entry.shape)
 
     def prefix(self, table_name: str, candidates: Iterable[str]) -> str:
         """The first of `candidates` with which the tensor is there, else the first."""
@@ -156,7 +175,12 @@ class Folder:
                     f"{self.entries[name].file}: {name} has shape {list(found)}, config.json gives {list(shape)} "
                     f"({', '.join(dims)})"
                 )
-        if len({self.entries[name].dtype for name in row.theirs}) > 1:
+            if (kind := self.entries[name].type) not in DTYPES:
+                raise ValueError(
+                    f"{self.entries[name].file}: {name} has type {kind}, supported are {', '.join(DTYPES)}; a "
+                    "quantised model is no base to train on"
+                )
+        if len({self.entries[name].type for name in row.theirs}) > 1:
             raise ValueError(f"{self.path}: {', '.join(row.theirs)} differ in type")
 
     def join(self, row: Row) -> Tensor:
@@ -164,10 +188,49 @@ class Folder:
         return row.join([self.read(name) for name in row.theirs])
 
     def dtype(self, row: Row) -> torch.dtype:
-        return self.entries[row.theirs[0]].dtype
+        return DTYPES[self.entries[row.theirs[0]].type]
 
     def _where(self) -> str:
         return self.files[0].name if len(self.files) == 1 else f"{len(self.files)} safetensors files"
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """File name of each weight by the index, empty where there is none."""
+    if not (path / INDEX).is_file():
+        return {}
+    index = read_json(path / INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path / INDEX}: has no weight_map")
+    return weight_map
+
+
+def _only_file(path: Path) -> Path:
+    """The one safetensors file of a folder without an index."""
+    found = [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"{path}: holds {', '.join(file.name for file in found)} but no {INDEX}")
+    pickles = sorted(file for ending in PICKLE_ENDINGS for file in path.glob(f"*{ending}"))
+    if not pickles:
+        raise ValueError(f"{path}: holds neither {SINGLE} nor {INDEX}")
+    names = ", ".join(file.name for file in pickles)
+    raise ValueError(f"{path}: holds {names} but no safetensors; {_PICKLED}{_torchscript(pickles)}")
+
+
+def _torchscript(pickles: list[Path]) -> str:
+    """How to convert what OpenAI publishes CLIP as, where that is what is there."""
+    for file in pickles:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if any("/code/" in name for name in archive.namelist()):
+                    return f". {file.name} is a TorchScript archive; if you trust it, run in its folder: " + (
+                        'python -c "import torch; from safetensors.torch import save_file; save_file({k: '
+                        f"v.contiguous() for k, v in torch.jit.load('{file.name}', 'cpu').state_dict().items()}}, "
+                        f"'{SINGLE}')\""
+                    )
+    return ""
 
 
 def _some(names: list[str]) -> str:

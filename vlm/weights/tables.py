@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,17 @@ def grouped(num_groups: int) -> Layout:
         ]
 
     return Layout(join, split)
+
+
+def fused(num_groups: int) -> Layout:
+    """As `grouped`, of one tensor [q; k; v], as PyTorch's MultiheadAttention keeps it, which OpenAI's CLIP uses."""
+    layout = grouped(num_groups)
+
+    def split(tensor: Tensor, shapes: list[Shape]) -> list[Tensor]:
+        rows, *rest = shapes[0]
+        return [torch.cat(layout.split(tensor, [(rows // 3, *rest)] * 3))]
+
+    return Layout(lambda tensors: layout.join(list(tensors[0].chunk(3))), split)
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,29 @@ _VISION_ENDS = (
     ("ln_post.weight", ("post_layernorm.weight",), ("hidden",)),
     ("ln_post.bias", ("post_layernorm.bias",), ("hidden",)),
 )
+_OPENAI_LAYER = (
+    ("input_layernorm.weight", ("ln_1.weight",), ("hidden",)),
+    ("input_layernorm.bias", ("ln_1.bias",), ("hidden",)),
+    ("self_attention.linear_qkv.weight", ("attn.in_proj_weight",), ("qkv", "hidden")),
+    ("self_attention.linear_qkv.bias", ("attn.in_proj_bias",), ("qkv",)),
+    ("self_attention.linear_proj.weight", ("attn.out_proj.weight",), ("hidden", "hidden")),
+    ("self_attention.linear_proj.bias", ("attn.out_proj.bias",), ("hidden",)),
+    ("pre_mlp_layernorm.weight", ("ln_2.weight",), ("hidden",)),
+    ("pre_mlp_layernorm.bias", ("ln_2.bias",), ("hidden",)),
+    ("mlp.linear_fc1.weight", ("mlp.c_fc.weight",), ("intermediate", "hidden")),
+    ("mlp.linear_fc1.bias", ("mlp.c_fc.bias",), ("intermediate",)),
+    ("mlp.linear_fc2.weight", ("mlp.c_proj.weight",), ("hidden", "intermediate")),
+    ("mlp.linear_fc2.bias", ("mlp.c_proj.bias",), ("hidden",)),
+)
+_OPENAI_ENDS = (
+    ("class_token", ("class_embedding",), ("hidden",)),
+    ("conv1.weight", ("conv1.weight",), ("hidden", "channels", "patch", "patch")),
+    ("position_embeddings.weight", ("positional_embedding",), ("positions", "hidden")),
+    ("ln_pre.weight", ("ln_pre.weight",), ("hidden",)),
+    ("ln_pre.bias", ("ln_pre.bias",), ("hidden",)),
+    ("ln_post.weight", ("ln_post.weight",), ("hidden",)),
+    ("ln_post.bias", ("ln_post.bias",), ("hidden",)),
+)
 _PROJECTOR = (
     ("encoder.linear_fc1.weight", ("linear_1.weight",), ("intermediate", "vision")),
     ("encoder.linear_fc1.bias", ("linear_1.bias",), ("intermediate",)),
@@ -154,7 +188,7 @@ def _row(line: Line, ours: str, theirs: str, sizes: Mapping[str, tuple[str, int]
     rows = [(first[min(i, len(first) - 1)], *dims[1:]) for i in range(len(sources))]
     layout = COPY
     if "linear_qkv" in name:
-        layout = grouped(num_groups)
+        layout = grouped(num_groups) if len(sources) > 1 else fused(num_groups)
     elif len(sources) > 1:
         layout = STACK
     elif name == "class_token":
@@ -203,7 +237,49 @@ def language_table(config: Mapping[str, Any], *, ours: str = "language_model.", 
     return Table(rows, re.compile(rf".*\.rotary_emb\.inv_freq{tied_head}"))
 
 
-def vision_table(config: Mapping[str, Any], *, ours: str = "vision_model.", theirs: str = "") -> Table:
+@dataclass(frozen=True)
+class VisionNaming:
+    """What a project calls the weights of a CLIP vision tower, and what else its files hold."""
+
+    ends: tuple[Line, ...]
+    layer: tuple[Line, ...]
+    layers: str
+    prefixes: tuple[str, ...]
+    ignored: re.Pattern[str]
+
+
+HUGGINGFACE = VisionNaming(
+    _VISION_ENDS,
+    _VISION_LAYER,
+    "encoder.layers.",
+    # In a CLIPModel and in files of transformers 4; transformers 5 writes a CLIPVisionModel without.
+    ("vision_model.", ""),
+    re.compile(r"text_model\..*|(text|visual)_projection\.weight|logit_scale|.*\.position_ids"),
+)
+OPENAI = VisionNaming(
+    _OPENAI_ENDS,
+    _OPENAI_LAYER,
+    "transformer.resblocks.",
+    ("visual.",),
+    re.compile(
+        r"visual\.proj|transformer\..*|token_embedding\.weight|positional_embedding|ln_final\..*|text_projection"
+        r"|logit_scale|input_resolution|context_length|vocab_size"
+    ),
+)
+
+
+def vision_naming(names: Container[str]) -> tuple[VisionNaming, str]:
+    """Whose names a file uses, and the prefix before them; Hugging Face's where it is no known one."""
+    for naming in (HUGGINGFACE, OPENAI):
+        for prefix in naming.prefixes:
+            if prefix + naming.ends[0][1][0] in names:
+                return naming, prefix
+    return HUGGINGFACE, HUGGINGFACE.prefixes[-1]
+
+
+def vision_table(
+    config: Mapping[str, Any], *, ours: str = "vision_model.", theirs: str = "", naming: VisionNaming = HUGGINGFACE
+) -> Table:
     """Rows of a CLIP vision tower, from the `config.json` of a `CLIPVisionModel` or of a whole `CLIPModel`.
 
     Raises:
@@ -212,14 +288,15 @@ def vision_table(config: Mapping[str, Any], *, ours: str = "vision_model.", thei
     found = vision_sizes(config)
     sizes = {
         "hidden": ("hidden_size", found.hidden_size),
+        "qkv": ("3 x hidden_size", 3 * found.hidden_size),
         "intermediate": ("intermediate_size", found.ffn_hidden_size),
         "channels": ("num_channels", 3),
         "patch": ("patch_size", found.patch_size),
         "positions": ("(image_size / patch_size)^2 + 1", found.num_image_tokens + 1),
     }
     fill = {"sizes": sizes, "num_groups": found.num_heads}
-    rows = _table(_VISION_ENDS, _VISION_LAYER, found.num_layers, ours, theirs, "encoder.layers.", **fill)
-    return Table(rows, re.compile(r"text_model\..*|(text|visual)_projection\.weight|logit_scale|.*\.position_ids"))
+    rows = _table(naming.ends, naming.layer, found.num_layers, ours, theirs, naming.layers, **fill)
+    return Table(rows, naming.ignored)
 
 
 def projector_table(
