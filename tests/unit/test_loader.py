@@ -292,14 +292,6 @@ def test_a_state_of_other_workers_is_refused(open_loader: Open) -> None:
         other.restore(loader.state())
 
 
-def test_blend_is_written_where_asked(folder: Path, tmp_path: Path) -> None:
-    config = settings.load(folder / "config.yaml")
-    dirs = {name: folder / "data" / name for name in fixtures.SETS}
-    path = tmp_path / "blend.yaml"
-    build(config, "pretrain", dirs, folder / "language", folder / "vision", blend_path=path)
-    assert "MetadatasetV2" in path.read_text() and str(folder / "data/dialogues") in path.read_text()
-
-
 def test_importing_the_loader_leaves_megatron_core_alone() -> None:
     code = "import sys, vlm.loader; sys.exit('megatron.core' in sys.modules or 'vlm.model' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2]).returncode == 0
@@ -337,6 +329,8 @@ def test_several_pictures_of_a_sample_keep_their_order(folder: Path, tmp_path: P
     config = fixtures.write_config(
         tmp_path / "config.yaml",
         stages__pretrain__data={"captions": 1.0},
+        stages__pretrain__keep_best=False,
+        stages__pretrain__validation_interval=0,
         data__sets__captions__validation_share=0,
         stages__pretrain__sequence_length=1024,
     )

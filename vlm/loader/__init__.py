@@ -1,17 +1,20 @@
-"""The endless stream of packed sequences of a stage: the same for the same seed, going on exactly where it stopped.
+"""The packed sequences of a stage: those of training without end, the same for the same seed and going on exactly where
+they stopped; those of validation the same each time.
 
-Energon reads the shards, draws from the data sets by weight and shuffles; `encoder` tokenises and packs.
+Energon reads the training shards, draws from the data sets by weight and shuffles; `encoder` tokenises, packs and
+decodes for it. `validation` needs none of that.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from megatron import energon
 
@@ -19,27 +22,57 @@ from vlm.batch import PackedBatch
 from vlm.config import Config
 from vlm.loader import blend
 from vlm.loader.encoder import Encoder, Packed, TooManyRejected, stop
+from vlm.loader.preparation import Preparation
+from vlm.loader.rejection import Rejection
+from vlm.loader.validation import Validation
 from vlm.prompt import Prompter
 
-__all__ = ["Loader", "build"]
+__all__ = ["Loader", "Validation", "build"]
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _CHECKPOINT_SECONDS = 10
 """A loader process can only be restored at its own checkpoints, and reads on from there to where it was."""
 
+_COUNTS = ("num_sequences", "num_samples", "num_tokens")
+_Dirs = Mapping[str, Path]
 
+
+@overload
 def build(
     config: Config,
     stage: str,
-    data_dirs: Mapping[str, Path],
+    data_dirs: _Dirs,
     language_dir: Path,
     vision_dir: Path,
     rank: int = 0,
     world: int = 1,
     *,
-    blend_path: Path | None = None,
-) -> Loader:
-    """Open the training data of a stage.
+    split: Literal["train"] = "train",
+) -> Loader: ...
+@overload
+def build(
+    config: Config,
+    stage: str,
+    data_dirs: _Dirs,
+    language_dir: Path,
+    vision_dir: Path,
+    rank: int = 0,
+    world: int = 1,
+    *,
+    split: Literal["val"],
+) -> Validation: ...
+def build(
+    config: Config,
+    stage: str,
+    data_dirs: _Dirs,
+    language_dir: Path,
+    vision_dir: Path,
+    rank: int = 0,
+    world: int = 1,
+    *,
+    split: Literal["train", "val"] = "train",
+) -> Loader | Validation:
+    """Open the training or the validation data of a stage.
 
     Args:
         config: settings of the run.
@@ -48,62 +81,98 @@ def build(
         language_dir: Hugging Face folder of the tokenizer.
         vision_dir: Hugging Face folder whose config.json gives image and patch size.
         rank, world: this data-parallel rank and their number.
-        blend_path: where to write the MetadatasetV2 file (default: a temporary file).
+        split: `train`, drawn by weight and without end, or `val`, each sample once.
 
     Raises:
         ValueError: a data set is missing, not indexed or truncated, or has fewer samples than there are loader
-            processes; the tokenizer does not know the image token; a sample of one picture fills the whole sequence.
+            processes; none has validation samples; the tokenizer does not know the image token; a sample of one
+            picture fills the whole sequence.
     """
     settings = config.stages[stage]
     if missing := [name for name in settings.data if name not in data_dirs]:
         raise ValueError(f"stages.{stage}.data: no folder is given for {', '.join(missing)}")
-    totals = {name: blend.count(data_dirs[name]) for name in settings.data}
-    processes = max(config.data.workers, 1) * world
-    for name, total in totals.items():
-        if total < processes:
-            raise ValueError(
-                f"data set {name} has {total} training samples for {processes} loader processes "
-                f"(data.workers = {config.data.workers} x {world} data-parallel ranks)"
-            )
-    allowed = {name: config.data.max_rejected_share * total / world for name, total in totals.items()}
+    dirs = {name: data_dirs[name] for name in settings.data}
+    totals = {name: blend.count(directory) for name, directory in dirs.items()}
     image_size, num_image_tokens = _vision_sizes(vision_dir)
     if num_image_tokens >= settings.sequence_length:
         raise ValueError(
             f"stages.{stage}.sequence_length: {settings.sequence_length} leaves no room for text beside the "
             f"{num_image_tokens} tokens of a picture"
         )
-    encoder = Encoder(
+    preparation = Preparation(
         prompter=Prompter(language_dir, config.models.language.image_token, num_image_tokens),
         image_size=image_size,
         image_resize=config.data.image_resize,
         plain=settings.prompt == "plain",
         sequence_length=settings.sequence_length,
-        max_rejected=sum(allowed.values()),
     )
+    if split == "val":
+        return _validation(config, stage, dirs, preparation, rank, world)
+    return _training(config, stage, dirs, totals, preparation, rank, world)
+
+
+def _validation(config: Config, stage: str, dirs: _Dirs, preparation: Preparation, rank: int, world: int) -> Validation:
+    entries = {name: blend.validation(name, directory) for name, directory in dirs.items()}
+    without = [name for name, several in entries.items() if not several]
+    if without:
+        message = f"stages.{stage}: no validation samples in {', '.join(without)}; data.sets.<name>.validation_share"
+        if len(without) == len(entries):
+            raise ValueError(f"{message} sets them apart when `vlm data shard` runs")
+        if rank == 0:
+            print(f"{message} would set some apart. The validation loss is that of the others.", file=sys.stderr)
+    totals = {name: len(several) for name, several in entries.items() if several}
+    return Validation(
+        preparation,
+        {name: entries[name] for name in totals},
+        Rejection(totals, config.data.max_rejected_share),
+        rank,
+        world,
+        max(config.data.workers, 1),
+    )
+
+
+def _training(
+    config: Config,
+    stage: str,
+    dirs: _Dirs,
+    totals: Mapping[str, int],
+    preparation: Preparation,
+    rank: int,
+    world: int,
+) -> Loader:
+    settings = config.data
+    processes = max(settings.workers, 1) * world
+    for name, total in totals.items():
+        if total < processes:
+            raise ValueError(
+                f"data set {name} has {total} training samples for {processes} loader processes "
+                f"(data.workers = {settings.workers} x {world} data-parallel ranks)"
+            )
+    rejection = Rejection({name: total / world for name, total in totals.items()}, settings.max_rejected_share)
     workers = energon.WorkerConfig(
         rank=rank,
         world_size=world,
-        num_workers=config.data.workers,
+        num_workers=settings.workers,
         seed_offset=config.seed,
         global_error_handler=stop,
     )
     with tempfile.TemporaryDirectory() as folder:
         dataset = energon.get_train_dataset(
-            blend.write(blend_path or Path(folder) / "blend.yaml", settings.data, data_dirs),
+            blend.write(Path(folder) / "blend.yaml", config.stages[stage].data, dirs),
             worker_config=workers,
             batch_size=None,
-            shuffle_buffer_size=config.data.shuffle_buffer,
+            shuffle_buffer_size=settings.shuffle_buffer,
             max_samples_per_sequence=100,
-            packing_buffer_size=config.data.packing_buffer,
-            task_encoder=encoder,
+            packing_buffer_size=settings.packing_buffer,
+            task_encoder=Encoder(preparation, rejection.allowed),
         )
     stream = energon.get_savable_loader(
         dataset,
         checkpoint_every_sec=_CHECKPOINT_SECONDS,
         # Freezing the garbage collector is for loader processes; in the main one the model lives.
-        **({} if config.data.workers else {"gc_collect_every_n_steps": 0}),
+        **({} if settings.workers else {"gc_collect_every_n_steps": 0}),
     )
-    return Loader(stream, settings.sequence_length, allowed, config.data.max_rejected_share)
+    return Loader(stream, preparation.sequence_length, rejection)
 
 
 def _vision_sizes(folder: Path) -> tuple[int, int]:
@@ -119,20 +188,20 @@ def _vision_sizes(folder: Path) -> tuple[int, int]:
 class Loader(Iterator[PackedBatch]):
     """Packed sequences without end, and what became of the samples so far."""
 
-    def __init__(
-        self, stream: Any, sequence_length: int, allowed: Mapping[str, float], max_rejected_share: float
-    ) -> None:
+    def __init__(self, stream: Any, sequence_length: int, rejection: Rejection) -> None:
         self._stream = stream
         self._iterator: Iterator[Packed] | None = None
         self._sequence_length = sequence_length
-        self._allowed = allowed
-        self._max_rejected_share = max_rejected_share
+        self._rejection = rejection
         self.num_sequences = 0
         self.num_samples = 0
         self.num_tokens = 0
         """Without padding."""
-        self.rejected: dict[str, str] = {}
+
+    @property
+    def rejected(self) -> dict[str, str]:
         """Samples that could not be used, as `<data set>/<key>` -> reason; one that returns every epoch counts once."""
+        return self._rejection.reasons
 
     @property
     def packing_efficiency(self) -> float:
@@ -152,30 +221,23 @@ class Loader(Iterator[PackedBatch]):
                 warnings.filterwarnings("ignore", message=".*'pin_memory' argument is set as true")
                 packed = next(self._iterator)
         except TooManyRejected as error:
-            raise ValueError(
-                f"{_last_line(error)}. data.max_rejected_share allows {self._max_rejected_share:.2%}"
-            ) from None
+            share = f"{self._rejection.max_share:.2%}"
+            raise ValueError(f"{_last_line(error)}. data.max_rejected_share allows {share}") from None
         self.num_sequences += 1
         self.num_samples += len(packed.batch.sample_keys)
         self.num_tokens += packed.batch.num_tokens
-        if packed.rejected:
-            self.rejected |= packed.rejected
-            self._check_rejected()
+        self._rejection.add(packed.rejected)
         return packed.batch
-
-    def _check_rejected(self) -> None:
-        for name, allowed in self._allowed.items():
-            reasons = [reason for key, reason in self.rejected.items() if key.startswith(f"{name}/")]
-            if len(reasons) > allowed:
-                raise ValueError(
-                    f"{len(reasons)} samples of data set {name} cannot be used, more than data.max_rejected_share = "
-                    f"{self._max_rejected_share:.2%} of it. The first: {reasons[0]}"
-                )
 
     def state(self) -> bytes:
         """Everything that is needed to go on with the sequence after the last one that was taken."""
-        counts = {name: getattr(self, name) for name in ("num_sequences", "num_samples", "num_tokens", "rejected")}
-        return pickle.dumps({"version": _STATE_VERSION, "stream": self._stream.save_state_rank(), "counts": counts})
+        state = {
+            "version": _STATE_VERSION,
+            "stream": self._stream.save_state_rank(),
+            "counts": {name: getattr(self, name) for name in _COUNTS},
+            "rejected": self.rejected,
+        }
+        return pickle.dumps(state)
 
     def restore(self, state: bytes) -> None:
         """Go on where `state` was taken. Only before the first sequence, with as many loader processes and ranks.
@@ -198,6 +260,7 @@ class Loader(Iterator[PackedBatch]):
         self._stream.restore_state_rank(stream)
         for name, value in saved["counts"].items():
             setattr(self, name, value)
+        self._rejection.add(saved["rejected"])
 
     def close(self) -> None:
         """End the loader's processes. When the garbage collector does it, torch waits five seconds for each of them."""

@@ -1,4 +1,4 @@
-"""What Energon does with a sample of ours: cook, tokenise, decode, pack. Captions and conversations are the same thing.
+"""What Energon does with a sample of ours: cook, tokenise, pack, decode. Captions and conversations are the same thing.
 
 Runs in the loader's processes. A sample that cannot be used does not stop it: it is noted in the next packed sequence
 that leaves the process, where the main process counts it.
@@ -6,7 +6,8 @@ that leaves the process, where the main process counts it.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,23 +15,30 @@ import numpy as np
 from megatron.energon import Cooker, SkipSample, TaskEncoder, basic_sample_keys, edataclass, stateless
 from megatron.energon import Sample as EnergonSample
 
-from vlm import images
-from vlm.batch import PackedBatch, Sample, pack
+from vlm.batch import PackedBatch, Sample
 from vlm.loader.packing import best_fit
-from vlm.prompt import Prompter
+from vlm.loader.preparation import TEXT, Preparation
 
 
 @edataclass
 class Crude(EnergonSample):
-    """A sample as it lies in the shard: the shuffle buffer holds compressed pictures."""
+    """A sample as it lies in the shard: the shuffle buffer holds these."""
 
     text: bytes
     images: tuple[bytes, ...]
 
 
 @edataclass
-class Encoded(EnergonSample):
-    """A tokenised sample with its pixels: the packing buffer holds these."""
+class Tokenised(EnergonSample):
+    """A sample whose length is known, with compressed pictures: the packing buffer holds these."""
+
+    sample: Sample
+    images: tuple[bytes, ...]
+
+
+@edataclass
+class Decoded(EnergonSample):
+    """A sample of the sequence that is being put together."""
 
     sample: Sample
     images: tuple[np.ndarray, ...]
@@ -50,60 +58,52 @@ class Packed:
 
 @stateless
 def cook(crude: dict[str, Any]) -> Crude:
-    pictures = sorted(name for name in crude if not name.startswith("__") and name != "json")
+    pictures = sorted(name for name in crude if not name.startswith("__") and name != TEXT)
     images = tuple(crude[name] for name in pictures)
-    return Crude(**basic_sample_keys(crude), text=crude.get("json", b""), images=images)
+    return Crude(**basic_sample_keys(crude), text=crude.get(TEXT, b""), images=images)
 
 
 @dataclass(eq=False)
 class Encoder(TaskEncoder):
     """Energon's task encoder for one stage."""
 
-    prompter: Prompter
-    image_size: int
-    """Edge of the vision model's pictures in pixels."""
-    image_resize: images.Resize
-    plain: bool
-    """Reduce the first human turn to its picture."""
-    sequence_length: int
+    preparation: Preparation
     max_rejected: float
     """Rejected samples in a row at which a process gives up: were it to go on, it might never yield anything."""
     _rejected: dict[str, str] = field(default_factory=dict)
-    _rejected_in_a_row: int = 0
+    _in_a_row: dict[str, int] = field(default_factory=lambda: {"text": 0, "pictures": 0})
+    """Rejections since the last sample that passed, apart, since many are tokenised before the next is decoded."""
 
     decoder = None
     cookers = (Cooker(cook),)
 
     @stateless
-    def encode_sample(self, crude: Crude) -> Encoded:
+    def preencode_sample(self, crude: Crude) -> Tokenised:
         assert crude.__subflavors__ is not None
         key = f"{crude.__subflavors__['set']}/{crude.__key__}"
+        with self._rejecting("text", key):
+            sample = self.preparation.tokenise(crude.text, len(crude.images), key)
+        return Tokenised.derive_from(crude, __key__=key, sample=sample, images=crude.images)
+
+    @stateless
+    def postencode_sample(self, tokenised: Tokenised) -> Decoded:
+        with self._rejecting("pictures", tokenised.__key__):
+            pixels = self.preparation.decode(tokenised.images, tokenised.__key__)
+        return Decoded.derive_from(tokenised, sample=tokenised.sample, images=pixels)
+
+    @contextmanager
+    def _rejecting(self, what: str, key: str) -> Iterator[None]:
         try:
-            encoded = self._encode(crude, key)
+            yield
         except ValueError as error:
-            self._reject(key, str(error))
+            self._rejected[key] = str(error)
+            self._in_a_row[what] += 1
+            if self._in_a_row[what] > self.max_rejected:
+                raise TooManyRejected(
+                    f"{self._in_a_row[what]} samples in a row cannot be used. The last: {error}"
+                ) from None
             raise SkipSample from error
-        self._rejected_in_a_row = 0
-        return encoded
-
-    def _encode(self, crude: Crude, key: str) -> Encoded:
-        try:
-            conversations = json.loads(crude.text)["conversations"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{key}: its json holds no conversations ({error})") from None
-        sample = self.prompter.training(conversations, len(crude.images), self.plain, key=key)
-        if len(sample) > self.sequence_length:
-            raise ValueError(f"{key}: {len(sample)} tokens do not fit into sequence_length = {self.sequence_length}")
-        pixels = tuple(
-            images.resize(images.load(image, name=key), self.image_size, self.image_resize) for image in crude.images
-        )
-        return Encoded.derive_from(crude, __key__=key, sample=sample, images=pixels)
-
-    def _reject(self, key: str, reason: str) -> None:
-        self._rejected[key] = reason
-        self._rejected_in_a_row += 1
-        if self._rejected_in_a_row > self.max_rejected:
-            raise TooManyRejected(f"{self._rejected_in_a_row} samples in a row cannot be used. The last: {reason}")
+        self._in_a_row[what] = 0
 
     def build_batch(self, dataset: Any, **options: Any) -> Any:
         packing = super().build_batch(dataset, **options)
@@ -112,19 +112,15 @@ class Encoder(TaskEncoder):
         packing._fill_reading_buffer = lambda source, log_progress=False: fill(source)
         return packing
 
-    def select_samples_to_pack(self, samples: list[Encoded]) -> list[list[Encoded]]:
-        packs = best_fit([len(sample.sample) for sample in samples], self.sequence_length)
+    def select_samples_to_pack(self, samples: list[Tokenised]) -> list[list[Tokenised]]:
+        packs = best_fit([len(sample.sample) for sample in samples], self.preparation.sequence_length)
         return [[samples[index] for index in indices] for indices in packs]
 
     @stateless
-    def pack_selected_samples(self, samples: list[Encoded]) -> Packed:
-        batch = pack(
-            [sample.sample for sample in samples],
-            [image for sample in samples for image in sample.images],
-            [sample.__key__ for sample in samples],
-            self.sequence_length,
-            self.image_size,
-        )
+    def pack_selected_samples(self, samples: list[Decoded]) -> Packed:
+        if not samples:  # no picture of theirs decodes
+            raise SkipSample
+        batch = self.preparation.pack([(sample.__key__, sample.sample, sample.images) for sample in samples])
         rejected, self._rejected = self._rejected, {}
         return Packed(batch, rejected)
 
