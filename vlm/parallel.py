@@ -24,7 +24,9 @@ _current: Parallel | None = None
 
 def single() -> Parallel:
     """The layout of a command that runs in one process whatever the training job has."""
-    return Parallel(nodes=1, ranks_per_node=1, tensor=1, pipeline=1, sequence=False)
+    return Parallel(
+        nodes=1, ranks_per_node=1, tensor=1, pipeline=1, sequence=False, distributed_optimizer=False, recompute=False
+    )
 
 
 def device() -> torch.device:

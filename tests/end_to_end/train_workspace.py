@@ -63,7 +63,7 @@ def stages() -> dict[str, Any]:
     }
 
 
-def write_language(folder: Path) -> Path:
+def write_language(folder: Path, *, tied: bool = False) -> Path:
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -79,7 +79,7 @@ def write_language(folder: Path) -> Path:
         max_position_embeddings=512,
         rope_theta=1e6,
         sliding_window=None,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     write_tokenizer(folder)
     MistralForCausalLM(config).save_pretrained(folder)

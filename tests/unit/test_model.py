@@ -152,13 +152,6 @@ def test_transformer_engine_without_a_gpu_is_refused_by_name():
         build(LANGUAGE, VISION, fixtures.settings(backend="transformer_engine"))
 
 
-def test_pipeline_is_refused_by_name():
-    settings = fixtures.settings()
-    layout = settings.parallel.model_copy(update={"pipeline": 2, "ranks_per_node": 2})
-    with pytest.raises(ValueError, match="parallel.pipeline: 2 stages are not built yet"):
-        build(LANGUAGE, VISION, type(settings)(settings.models, settings.kernels, "float32", layout))
-
-
 def without(config, *keys):
     return {key: value for key, value in config.items() if key not in keys}
 
@@ -222,6 +215,12 @@ def test_sizes_are_those_of_the_files():
     whole = {"architectures": ["CLIPModel"], "vision_config": without(VISION, "architectures", "hidden_act")}
     assert vision_sizes(whole) == vision_sizes(VISION)
     assert vision_sizes(whole).num_image_tokens == 9
+
+
+def test_pipeline_stages_must_divide_the_layers():
+    with pytest.raises(ValueError, match="num_hidden_layers 3 is not a multiple of parallel.pipeline 2"):
+        language_sizes(LANGUAGE, pipeline=2)
+    assert language_sizes(LANGUAGE, pipeline=3).num_layers == 3
 
 
 def test_tensor_ranks_must_divide_the_sizes():

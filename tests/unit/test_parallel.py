@@ -24,7 +24,7 @@ def clean(monkeypatch):
 
 
 def layout(ranks: int, tensor: int = 1) -> Parallel:
-    return Parallel(nodes=1, ranks_per_node=ranks, tensor=tensor, pipeline=1, sequence=False)
+    return parallel.single().model_copy(update={"ranks_per_node": ranks, "tensor": tensor})
 
 
 def draws():

@@ -63,7 +63,6 @@ def test_the_last_stage_is_the_one_that_no_other_starts_from(snakemake: Snakemak
         pytest.param("data={sets: {mmmu: {source: a}}}", ["data.sets.mmmu"], id="set-named-as-evaluation"),
         pytest.param("data={sets: {sft: {source: other/coco}}}", ["coco"], id="two-sources-in-one-folder"),
         pytest.param("parallel={nodes: 2}", ["parallel.nodes"], id="several-machines"),
-        pytest.param("parallel={pipeline: 2, ranks_per_node: 2}", ["parallel.pipeline"], id="pipeline"),
         pytest.param("stages={sft: {data: {sft: -1}}}", ["stages.sft.data.sft"], id="negative-weight"),
         pytest.param(f"stages={{export: {STAGE % 'sft'}}}", ["stages.export", "taken"], id="stage-named-as-a-rule"),
     ],

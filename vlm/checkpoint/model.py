@@ -1,4 +1,4 @@
-"""A model's weights into and out of a distributed checkpoint, at any tensor-parallel size.
+"""A model's weights into and out of a distributed checkpoint, at any number of ranks.
 
 megatron-core is imported inside the functions: it takes seconds, and reading tensors needs none of it.
 """
@@ -148,7 +148,7 @@ def load_model(model: Any, path: Path) -> Manifest:
     """Load every weight of a model, from a checkpoint and, for parts it does not hold, from its parents.
 
     Args:
-        model: a `Llava` at any tensor-parallel size, of any backend and dtype.
+        model: a `Llava` at any tensor and pipeline parallel size, of any backend and dtype; called by all ranks.
         path: a checkpoint or a stage's folder. One of kind `language` or `vision` loads that part alone.
 
     Returns:
@@ -170,7 +170,8 @@ def load_model(model: Any, path: Path) -> Manifest:
         _check_shape(item, tensors)
         by_folder[tensors.folders[item.key]][key] = item
     loaded: State = {}
-    for folder, wanted in by_folder.items():
+    for folder in dict.fromkeys(tensors.folders.values()):  # reading is collective, even where a rank wants nothing
+        wanted = by_folder[folder]
         found = read_state(folder, wanted)
         loaded.update({key: found[key] for key in wanted})
     with torch.no_grad():

@@ -27,15 +27,16 @@ class Llava(MegatronModule):
     """Build it with `vlm.model.build`.
 
     Args:
-        vision_model, vision_projection, language_model: the parts.
+        vision_model, vision_projection: None on a pipeline stage after the first.
+        language_model: the layers of this stage.
         specs: provider of the functions that join them.
         image_mean, image_std: pixel statistics per channel.
     """
 
     def __init__(
         self,
-        vision_model: VisionModel,
-        vision_projection: MultimodalProjector,
+        vision_model: VisionModel | None,
+        vision_projection: MultimodalProjector | None,
         language_model: LanguageModel,
         specs: TorchSpecs,
         *,
@@ -43,7 +44,7 @@ class Llava(MegatronModule):
         image_std: Sequence[float],
     ) -> None:
         super().__init__(language_model.config)
-        self.vision_model = vision_model
+        self.vision_model: VisionModel = vision_model  # type: ignore[assignment]  # read where it is there
         self.vision_projection = vision_projection
         self.language_model = language_model
         self.model_type = ModelType.encoder_or_decoder
@@ -55,8 +56,9 @@ class Llava(MegatronModule):
 
     @property
     def parts(self) -> dict[str, MegatronModule]:
-        """The three parts by the names the settings use."""
-        return dict(zip(PARTS, (self.vision_model, self.vision_projection, self.language_model), strict=True))
+        """The parts on this pipeline stage by the names the settings use."""
+        parts = zip(PARTS, (self.vision_model, self.vision_projection, self.language_model), strict=True)
+        return {name: part for name, part in parts if part is not None}
 
     @property
     def num_image_tokens(self) -> int:
@@ -67,22 +69,29 @@ class Llava(MegatronModule):
         """Losses of one packed sequence.
 
         Returns:
-            float32 [R], the cross-entropy at `batch.trained_positions`, in their order.
+            float32 [R], the cross-entropy at `batch.trained_positions`, in their order; on a pipeline stage before the
+            last its activations [S, 1, D], sharded along S under sequence parallelism.
 
         Raises:
             ValueError: pictures of another size than the vision model's, or not as many as the positions say.
         """
-        tokens_BS = batch.tokens_S.unsqueeze(0)
-        embeddings_SD = self._place(
-            self.language_model.embed(tokens_BS).flatten(0, 1), batch.images, batch.image_positions
-        )
-        hidden_SBD = self.language_model.hidden(
-            embeddings_SD.unsqueeze(1),
+        hidden_SBD = self._hidden(batch)
+        if not self.post_process:
+            return hidden_SBD
+        rows_R = batch.trained_positions
+        return self.language_model.losses(hidden_SBD, rows_R, batch.labels_S.index_select(0, rows_R))
+
+    def _hidden(self, batch: PackedBatch) -> Tensor:
+        """Activations [S, 1, D] after this stage's layers."""
+        embeddings_SBD = None
+        if self.pre_process:
+            tokens_SD = self.language_model.embed(batch.tokens_S.unsqueeze(0)).flatten(0, 1)
+            embeddings_SBD = self._place(tokens_SD, batch.images, batch.image_positions).unsqueeze(1)
+        return self.language_model.hidden(
+            embeddings_SBD,
             batch.positions_S.unsqueeze(0),
             packed=packed_sequence(batch.cu_seqlens, batch.max_seqlen),
         )
-        rows_R = batch.trained_positions
-        return self.language_model.losses(hidden_SBD, rows_R, batch.labels_S.index_select(0, rows_R))
 
     def logits(
         self,
@@ -110,8 +119,11 @@ class Llava(MegatronModule):
             float32 [B, V], or [B, S, V] with last_only=False.
 
         Raises:
-            ValueError: shapes that do not fit, or a full cache.
+            ValueError: shapes that do not fit, a full cache, or a layout that cannot generate.
         """
+        if not (self.pre_process and self.post_process):
+            stages = self.config.pipeline_model_parallel_size
+            raise ValueError(f"parallel.pipeline: is {stages}, generation needs all layers in one stage; set it to 1")
         batch, length = tokens_BS.shape
         offset = inference_context.sequence_len_offset if inference_context is not None else 0
         if self.config.sequence_parallel:
@@ -156,6 +168,9 @@ class Llava(MegatronModule):
         super().train(mode)
         for part in self._frozen:
             part.eval()
+        # megatron-core recomputes in training mode only (transformer_block.py:735), and a frozen language model passes
+        # gradients on; nothing else of the block itself depends on the mode.
+        self.language_model.decoder.training = mode
         return self
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:

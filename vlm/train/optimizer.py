@@ -10,20 +10,25 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from vlm.config import Config, Stage
+from vlm.train import torch_adamw
 
 
-def wrap(model: Any) -> DistributedDataParallel:
+def wrap(model: Any, *, distributed_optimizer: bool = False) -> DistributedDataParallel:
     """Give every trainable parameter its place in a contiguous fp32 gradient buffer; frozen ones get none.
 
     Gradients are sums over trained tokens until `finalize_model_grads` divides them by the global number of tokens,
     so that the loss is the token mean whatever the micro-batches and data-parallel ranks (mcore's
     `calculate_per_token_loss`).
+
+    Args:
+        model: after `freeze`.
+        distributed_optimizer: shard masters and optimizer state over the data-parallel ranks.
     """
     model.config.calculate_per_token_loss = True
     # Reduction is not overlapped with backward: mcore then expects a gradient of every parameter in every
     # micro-batch, and one of text alone gives the projector none.
     layout = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=distributed_optimizer
     )
     return DistributedDataParallel(config=model.config, ddp_config=layout, module=model)
 
@@ -37,6 +42,7 @@ def build(
     f linear from 0 to `lr` over the warm-up and then a cosine to `min_lr` at the last iteration, the value that
     Megatron-LM logs for that iteration.
     """
+    torch_adamw.install()
     wanted = stage.optimizer
     bfloat16 = config.dtype == "bfloat16"
     optimizer = get_megatron_optimizer(
@@ -51,6 +57,7 @@ def build(
             clip_grad=wanted.clip_grad,
             bf16=bfloat16,
             params_dtype=torch.bfloat16 if bfloat16 else torch.float32,
+            use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
         ),
         [model],
     )

@@ -1,0 +1,137 @@
+"""A stage that trains in a second: a combined checkpoint of two layers, and batches by number instead of a data set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ranks
+from data_fixtures import IMAGE_SIZE, NUM_IMAGE_TOKENS, write_config
+from train_workspace import OPTIMIZER, PROJECTOR, write_language, write_vision
+
+from vlm.batch import PackedBatch, Sample, pack
+
+SETS = ("captions", "dialogues")
+SEQUENCE_LENGTH, GLOBAL_BATCH, ITERATIONS = 192, 4, 20
+SHAPES = [[(100, 1), (40, 0)], [(90, 1), (95, 1)], [(60, 0), (50, 0)]]
+"""Tokens and pictures of the samples of a micro-batch; every third one has no picture."""
+IMAGE_TOKEN = 10
+
+
+def batch(number: int) -> PackedBatch:
+    """The micro-batch of a number: samples of random tokens, the last of them trained, a different share in each."""
+    draw = np.random.default_rng(number)
+    samples, pictures = [], []
+    for length, images in SHAPES[number % len(SHAPES)]:
+        tokens = draw.integers(11, 40, length)  # few of the vocabulary, so that there is something to learn
+        slots = np.arange(3, 3 + NUM_IMAGE_TOKENS * images)
+        tokens[slots] = IMAGE_TOKEN
+        trained = np.arange(length) >= length - draw.integers(3, 20)
+        samples.append(Sample(tokens, trained, slots))
+        pictures += list(draw.integers(0, 256, (images, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8))
+    keys = [f"{SETS[i % 2]}/{number}-{i}" for i in range(len(samples))]
+    return pack(samples, pictures, keys, SEQUENCE_LENGTH, IMAGE_SIZE)
+
+
+class Numbered(Iterator[PackedBatch]):
+    """Stands for the loader: data-parallel rank r of n takes the numbers r, r + n, r + 2n, .. after `first`."""
+
+    rejected: dict[str, str] = {}
+
+    def __init__(self, first: int, rank: int, world: int) -> None:
+        self._next, self._world = first + rank, world
+
+    def __next__(self) -> PackedBatch:
+        number, self._next = self._next, self._next + self._world
+        return batch(number)
+
+    def state(self) -> bytes:
+        return json.dumps(self._next).encode()
+
+    def restore(self, state: bytes) -> None:
+        self._next = json.loads(state)
+
+    def close(self) -> None:
+        pass
+
+
+def make(folder: Path, **language: Any) -> Path:
+    """The combined checkpoint, and of the data sets what `vlm train` looks at before it starts; returns the folder."""
+    from vlm.convert import combine
+    from vlm.convert.language import convert as convert_language
+    from vlm.convert.vision import convert as convert_vision
+
+    convert_language(write_language(folder / "hub/language", **language), folder / "language")
+    convert_vision(write_vision(folder / "hub/vision"), folder / "vision")
+    combine.combine(settings(folder / "config.yaml"), folder / "language", folder / "vision", folder / "combined")
+    for name in SETS:
+        (folder / "data" / name / ".nv-meta").mkdir(parents=True)
+        (folder / "data" / name / "shard-000000.tar").write_bytes(b"-")
+    return folder
+
+
+def settings(path: Path, *, iterations: int = ITERATIONS, dtype: str = "float32", **parallel: Any) -> Path:
+    """Settings with the stages `pretrain` (projector) and `sft` (projector and language, from it)."""
+    shared = {
+        "data": dict.fromkeys(SETS, 1.0),
+        "prompt": "instruction",
+        "sequence_length": SEQUENCE_LENGTH,
+        "global_batch": GLOBAL_BATCH,
+        "iterations": iterations,
+        "save_interval": iterations // 2,
+        "log_interval": 1,
+        "optimizer": OPTIMIZER | {"lr": 3e-3, "min_lr": 3e-4},
+    }
+    stages = {
+        "pretrain": shared | {"start_from": "combined", "trainable": ["projector"]},
+        "sft": shared | {"start_from": "combined", "trainable": ["projector", "language"]},
+        "sft_after": shared | {"start_from": "pretrain", "trainable": ["projector", "language"]},
+    }
+    layout = {f"parallel__{key}": value for key, value in parallel.items()}
+    return write_config(path, stages=stages, dtype=dtype, **PROJECTOR, **layout)
+
+
+def train(config: Path, stage: str, start_from: Path, data: Path, out: Path, stop: int | None, first: int) -> None:
+    """Runs on every rank: a stage, to its end or until the checkpoint of iteration `stop` is written.
+
+    Args:
+        first: number of the first batch, for a loader that starts anew in the middle.
+    """
+    from vlm import config as configuration
+    from vlm import loader, parallel
+    from vlm.train import plan, trainer
+    from vlm.train.stop import Stop
+
+    loader.build = lambda *_, rank, world, **__: Numbered(first, rank, world)
+    prepared = plan.prepare(configuration.load(config), stage, start_from, data, out)
+    if stop is not None:
+        save = trainer.Trainer._save
+
+        def save_and_stop(self: Any) -> None:
+            save(self)
+            if self.iteration == stop:
+                raise SystemExit(0)
+
+        trainer.Trainer._save = save_and_stop
+    parallel.initialize(prepared.config.parallel, prepared.config.seed)
+    with trainer.Trainer(prepared, Stop()) as run:
+        run.train()
+
+
+def curve(out: Path) -> list[list[float]]:
+    """Loss and gradient norm of every iteration."""
+    lines = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    return [[line["loss"], line["gradient_norm"]] for line in lines]
+
+
+def run(folder: Path, out: Path, stage: str = "sft", start_from: Path | None = None, **options: Any) -> Path:
+    """Train a stage of `folder` in processes of their own at the layout in `options`; returns `out`."""
+    stop, first = options.pop("stop", None), options.pop("first", 0)
+    out.mkdir(parents=True, exist_ok=True)
+    config = settings(out / "config.yaml", **options)
+    world = options.get("ranks_per_node", 1)
+    ranks.launch(world, train, config, stage, start_from or folder / "combined", folder / "data", out, stop, first)
+    return out
