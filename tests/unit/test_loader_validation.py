@@ -122,9 +122,10 @@ def test_pictures_belong_to_their_texts_and_sequences_are_full(open_validation: 
 
 
 def test_the_first_sequences_hold_all_data_sets_in_proportion(open_validation: Open) -> None:
-    batches = list(open_validation())
-    keys = _keys(batches[: len(batches) // 2])
-    assert 0.1 < sum(key.startswith("captions/") for key in keys) / len(keys) < 0.45
+    # So short that hardly two samples share a sequence: these are in the order in which the samples came.
+    keys = _keys(list(open_validation(stages__pretrain__sequence_length=180, data__max_rejected_share=1.0)))
+    captions = [key.startswith("captions/") for key in keys]
+    assert sum(captions) >= 8 and abs(sum(captions[: len(keys) // 2]) - sum(captions) / 2) <= 2
 
 
 def test_data_sets_without_validation_samples_are_named(
