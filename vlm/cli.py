@@ -64,6 +64,12 @@ def _add_convert(commands: Any) -> None:
         one = _command(convert, part, f"vlm.convert.{part}:convert", f"Convert a {part} model to Megatron.")
         one.add_argument("source", type=Path, help="Hugging Face folder with config.json and safetensors")
         one.add_argument("out", type=Path)
+    legacy = _command(convert, "legacy", "vlm.convert.legacy:convert", "Convert Megatron-LM's per-rank files.")
+    legacy.add_argument("source", type=Path, help="folder with latest_checkpointed_iteration.txt or mp_rank_00")
+    legacy.add_argument("out", type=Path)
+    for part in ("language", "vision"):
+        legacy.add_argument(f"--{part}", type=Path, default=None, help="Hugging Face folder of that base model")
+    legacy.add_argument("--config", type=Path, default=None, metavar="YAML", help="settings of the run, for both parts")
     combine = _command(convert, "combine", "vlm.convert.combine:combine", "Join both models and a fresh projector.")
     _config(combine)
     combine.add_argument("--language", type=Path, required=True)
@@ -138,9 +144,17 @@ def _add_score(commands: Any) -> None:
 
 
 def _add_export(commands: Any) -> None:
-    export = _command(commands, "export", "vlm.export.llava:export", "Write a transformers LLaVA folder.")
+    export = _command(commands, "export", "vlm.export.command:export", "Write what transformers or Megatron-LM reads.")
     export.add_argument("checkpoint", type=Path)
     export.add_argument("out", type=Path)
+    parts = ("llava", "language", "vision")
+    export.add_argument("--part", choices=parts, default=None, help="transformers: what to write (default: llava)")
+    whole = "refuse a checkpoint made with other settings than these"
+    export.add_argument("--config", type=Path, default=None, metavar="YAML", help=whole)
+    export.add_argument("--format", choices=("transformers", "megatron"), default="transformers")
+    export.add_argument("--tensor", type=int, default=None, help="megatron: tensor-parallel ranks (default: 1)")
+    implementations = ("transformer_engine", "local")
+    export.add_argument("--transformer-impl", choices=implementations, default="", help="megatron: names of norms")
 
 
 def _add_report(commands: Any) -> None:

@@ -255,6 +255,9 @@ class Config(Tree):
     data: Data
     stages: dict[str, Stage] = Field(min_length=1)
     evaluation: Evaluation
+    export: bool = True
+    """Whether the last stage is also written as a `transformers` LLaVA folder, whose projector is as wide inside as the
+    language model."""
     miniature: Miniature | None = None
     """Set only by the miniature: its data sets are rendered instead of fetched."""
 

@@ -192,8 +192,12 @@ def test_combine_draws_the_same_projector_from_the_same_seed(tmp_path, combined)
     [
         ({"models__language__image_token": "[image]"}, r"image_token: '\[image\]' is \d+ tokens"),
         ({"models__vision__feature_layer": -9}, "models.vision.feature_layer: -9"),
+        (
+            {"models__projector__hidden_size": 80},
+            "models.projector.hidden_size: 80 cannot be exported .* size 48 in the middle; .* set export: false",
+        ),
     ],
-    ids=["token-not-in-vocabulary", "no-such-layer"],
+    ids=["token-not-in-vocabulary", "no-such-layer", "export-of-another-width"],
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path, combined, changes, message):
     settings = write_settings(tmp_path / "config.yaml", **changes)
@@ -222,7 +226,7 @@ def test_combine_wants_one_of_each_kind(tmp_path, combined):
     [
         {},
         {"models__vision__feature_layer": -2},
-        {"models__projector__hidden_size": 80, "models__projector__bias": False},
+        {"models__projector__hidden_size": 80, "models__projector__bias": False, "export": False},
     ],
     ids=["last-layer", "layer-before-last", "projector-of-another-width"],
 )

@@ -77,6 +77,17 @@ def test_mistakes_stop_the_run_before_the_first_job(snakemake: Snakemake, change
     assert "Job " not in refused.stdout
 
 
+def test_a_projector_that_transformers_lacks_is_not_exported(snakemake: Snakemake) -> None:
+    overlay = ("--configfile", "config/nvidia_projector.yaml")
+    plan = snakemake("all", "-n", "-c1", *overlay, profile="none")
+    assert plan.returncode == 0 and "export: is false, so `all` writes no transformers LLaVA folder" in plan.stdout
+    export = "Writing the model after sft as a transformers LLaVA folder"
+    assert export not in jobs(plan.stdout) and "Training stage sft" in jobs(plan.stdout)
+    assert export in jobs(snakemake("all", "-n", "-c1", profile="none").stdout)
+    refused = snakemake("export", "-n", "-c1", *overlay, profile="none")
+    assert refused.returncode != 0 and "export: is false; `vlm export --part language`" in refused.stdout
+
+
 def test_stage_names_are_targets(snakemake: Snakemake) -> None:
     assert "Training stage sft" not in jobs(snakemake("pretrain", "-n").stdout)
     assert "Training stage sft" in jobs(snakemake("sft", "-n").stdout)

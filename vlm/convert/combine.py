@@ -31,8 +31,9 @@ def combine(config: Path, language: Path, vision: Path, out: Path) -> None:
         out: the checkpoint. Complete or absent; what was there before is replaced at the end.
 
     Raises:
-        ValueError: a checkpoint of another kind, an image token that is not one token of the vocabulary, or a
-            feature layer that the vision model does not have.
+        ValueError: a checkpoint of another kind or with other weights than its config.json describes, an image token
+            that is not one token of the vocabulary, a feature layer that the vision model does not have, or a projector
+            that cannot be exported though the run is to be.
     """
     run = settings.load(config)
     parents = {
@@ -131,6 +132,11 @@ def _projector(run: settings.Config, folders: dict[str, Path]) -> dict[str, Tens
     language, vision = language_sizes(configs["language"]), vision_sizes(configs["vision"])
     vision.num_built_layers(run.models.vision.feature_layer)
     wanted = run.models.projector
+    if run.export and wanted.hidden_size != language.hidden_size:
+        raise ValueError(
+            f"models.projector.hidden_size: {wanted.hidden_size} cannot be exported to transformers, whose projector "
+            f"has the language model's hidden size {language.hidden_size} in the middle; use that, or set export: false"
+        )
     table = projector_table(vision.hidden_size, wanted.hidden_size, language.hidden_size, bias=wanted.bias)
     generator = torch.Generator().manual_seed(run.seed)
     tensors = {}

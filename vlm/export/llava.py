@@ -5,24 +5,19 @@ Names are those of the LLaVA-1.5 folders on the Hub, which every version of `tra
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from vlm import checkpoint, files
 from vlm.checkpoint import Manifest, Tensors
 from vlm.config import Models
-from vlm.model.sizes import CLIP_MEAN, CLIP_STD, LanguageSizes, VisionSizes, language_sizes, vision_sizes
-from vlm.weights import Row, language_table, projector_table, vision_table, write_sharded
-from vlm.weights.folder import Spec
-from vlm.weights.tables import num_bytes
+from vlm.export.base import image_processor
+from vlm.export.folder import MAX_SHARD_BYTES, copy_side_files, write, write_generation_config
+from vlm.model.sizes import LanguageSizes, VisionSizes, language_sizes, vision_sizes
+from vlm.weights import Row, language_table, projector_table, vision_table
 
-_BICUBIC = 3
 _WITH_PICTURES = """\
 {%- set text = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -45,50 +40,51 @@ _WITH_PICTURES = """\
 """Goes before the language model's own template, which knows messages of text only: `<image>`, newline, text."""
 
 
-def export(checkpoint: Path, out: Path) -> None:
+def export(checkpoint: Path, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write a checkpoint of any stage as a Hugging Face folder with safetensors.
 
     Args:
         checkpoint: a combined checkpoint, one of a stage, or a stage's folder.
-        out: the folder. Complete or absent; what was there before is replaced at the end.
+        out: the folder. Complete or absent; an older export there is replaced at the end.
+        max_shard_bytes: weights beyond are in further files, with an index.
 
     Raises:
-        ValueError: only one of the base models is in the checkpoint, or the projector has a shape that `transformers`
-            cannot express.
+        ValueError: only one of the base models is in the checkpoint, the projector has a shape that `transformers`
+            cannot express, or `out` cannot be written.
     """
-    _write(Tensors(Path(checkpoint)), Path(out))
-
-
-def _write(tensors: Tensors, out: Path) -> None:
+    tensors = Tensors(Path(checkpoint))
     path, manifest = tensors.links[0]
     if manifest.kind not in ("combined", "stage"):
-        raise ValueError(f"{path}: is a {manifest.kind} model alone; combine it first, or export a stage")
-    language = _config(path, "language")
-    vision = _config(path, "vision")
+        raise ValueError(
+            f"{path}: is a {manifest.kind} model alone; combine it first, or export it with --part {manifest.kind}"
+        )
+    language, vision = _config(path, "language"), _config(path, "vision")
     sizes, vision_size = language_sizes(language), vision_sizes(vision)
     models = Models.model_validate(manifest.models)
     if models.projector.hidden_size != sizes.hidden_size:
         raise ValueError(
-            f"models.projector.hidden_size: {models.projector.hidden_size} cannot be exported: transformers' projector "
-            f"has the language model's hidden size {sizes.hidden_size} in the middle"
+            f"models.projector.hidden_size: {models.projector.hidden_size} cannot be exported as LLaVA: transformers' "
+            f"projector has the language model's hidden size {sizes.hidden_size} in the middle; export the models of "
+            f"{path} alone with --part language and --part vision"
         )
-    dtype = getattr(torch, manifest.settings["dtype"])
-    rows = _rows(language, vision, models, sizes, vision_size)
-    specs: dict[str, Spec] = {
-        name: (dtype, shape) for row in rows for name, shape in zip(row.theirs, row.shapes, strict=True)
-    }
-    total = sum(num_bytes(shape, dtype) for dtype, shape in specs.values())
-    with checkpoint.writing(out) as folder:
-        with tqdm(total=total, desc="export", unit="B", unit_scale=True) as bar:
-            write_sharded(folder, specs, _tensors(rows, tensors), progress=bar.update)
-        token = _tokenizer_files(checkpoint.huggingface(path, "language"), folder, models.language.image_token)
+
+    def finish(folder: Path) -> None:
+        token = _tokenizer_files(_side(path, "language"), folder, models.language.image_token)
         files.write_json(folder / "config.json", _llava_config(language, vision, manifest, token, vision_size))
-        _generation_config(checkpoint.huggingface(path, "language"), folder, language)
-        _processor_files(checkpoint.huggingface(path, "vision"), folder, manifest, vision_size)
+        write_generation_config(_side(path, "language"), folder, language)
+        _processor_files(_side(path, "vision"), folder, manifest, vision_size)
+
+    rows = _rows(language, vision, models, sizes, vision_size)
+    dtype = getattr(torch, manifest.settings["dtype"])
+    write(tensors, rows, Path(out), "llava", finish, dtype, max_shard_bytes)
+
+
+def _side(path: Path, part: str) -> Path:
+    return checkpoint.huggingface(path, part)
 
 
 def _config(path: Path, part: str) -> dict[str, Any]:
-    config: dict[str, Any] = files.read_json(checkpoint.huggingface(path, part) / "config.json")
+    config: dict[str, Any] = files.read_json(_side(path, part) / "config.json")
     return config
 
 
@@ -101,11 +97,6 @@ def _rows(
         *vision_table(vision, theirs="vision_tower.vision_model.").rows,
         *projector_table(vision_size.hidden_size, projector.hidden_size, sizes.hidden_size, bias=projector.bias).rows,
     ]
-
-
-def _tensors(rows: list[Row], tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
-    for row in rows:
-        yield from row.split(tensors.read(row.ours)).items()
 
 
 def _llava_config(
@@ -133,9 +124,7 @@ def _tokenizer_files(source: Path, folder: Path, image_token: str) -> int:
     """Copy the tokenizer, with a chat template that takes pictures too; returns the image token's id."""
     from tokenizers import Tokenizer
 
-    for path in source.iterdir():
-        if path.name not in ("config.json", "generation_config.json"):
-            shutil.copyfile(path, folder / path.name)
+    copy_side_files(source, folder)
     config = files.read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
     template = config.pop("chat_template", None)
     if (source / "chat_template.jinja").is_file():
@@ -151,38 +140,13 @@ def _tokenizer_files(source: Path, folder: Path, image_token: str) -> int:
     return int(token)
 
 
-def _generation_config(source: Path, folder: Path, language: dict[str, Any]) -> None:
-    path = source / "generation_config.json"
-    config = files.read_json(path) if path.is_file() else {}
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if config.get(key) is None and language.get(key) is not None:
-            config[key] = language[key]
-    config.pop("_from_model_config", None)
-    files.write_json(folder / "generation_config.json", config)
-
-
 def _processor_files(source: Path, folder: Path, manifest: Manifest, size: VisionSizes) -> None:
     """Image processor as the pictures were prepared in training, and the processor that joins it to the tokenizer."""
     path = source / "preprocessor_config.json"
     found = files.read_json(path) if path.is_file() else {}
-    side = {"height": size.image_size, "width": size.image_size}
     crop = manifest.settings["image_resize"] == "crop"
-    image_processor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "LlavaProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": size.image_size} if crop else side,
-        "resample": _BICUBIC,
-        "do_center_crop": crop,
-        "crop_size": side,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": found.get("image_mean", CLIP_MEAN),
-        "image_std": found.get("image_std", CLIP_STD),
-    }
-    files.write_json(folder / "preprocessor_config.json", image_processor)
+    own = image_processor(size.image_size, found, crop=crop) | {"processor_class": "LlavaProcessor"}
+    files.write_json(folder / "preprocessor_config.json", own)
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": manifest.models["language"]["image_token"],

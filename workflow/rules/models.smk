@@ -88,9 +88,21 @@ rule verify:
         "--out {output} > {log} 2>&1"
 
 
+# Sizes of the base models are no settings, so that one says here whether transformers has such a model; combining
+# refuses what does not fit, long before the end.
+if not CONFIG.export:
+    print("export: is false, so `all` writes no transformers LLaVA folder.", file=sys.stderr)
+
+
+def exported_model(wildcards):
+    if not CONFIG.export:
+        raise WorkflowError("export: is false; `vlm export --part language` and `--part vision` write the models alone")
+    return finished_file(LAST_STAGE)
+
+
 rule export:
     input:
-        finished_file(LAST_STAGE),
+        exported_model,
     output:
         directory("<results>/export"),
     log:
@@ -98,11 +110,12 @@ rule export:
     benchmark:
         "<benchmarks>/export.tsv"
     params:
+        config=RESOLVED_CONFIG,
         checkpoint=lambda wildcards: model_folder(LAST_STAGE),
     message:
         f"Writing the model after {LAST_STAGE} as a transformers LLaVA folder"
     shell:
-        "vlm export {params.checkpoint} {output} > {log} 2>&1"
+        "vlm export {params.checkpoint} {output} --config {params.config} > {log} 2>&1"
 
 
 # The committed miniature base models, from nothing. Not part of `all`. The folders are no outputs, since Snakemake
