@@ -11,13 +11,16 @@ from vlm.checkpoint.manifest import NAME, Manifest, read_manifest
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
+BEST = "best"
+"""Pointers beside a stage's checkpoints: files that hold the name of one."""
 
 
 def resolve(path: Path) -> Path:
     """The checkpoint meant by `path`: itself, or the newest one of a stage's folder.
 
     Args:
-        path: a checkpoint, a stage's folder (`results/{run}/train/{stage}`), or the `checkpoints` folder inside.
+        path: a checkpoint, a stage's folder (`results/{run}/train/{stage}`), the `checkpoints` folder inside, or
+            `checkpoints/best`, where there is one.
 
     Raises:
         ValueError: there is no checkpoint.
@@ -25,6 +28,8 @@ def resolve(path: Path) -> Path:
     path = Path(path)
     if (path / NAME).is_file():
         return path
+    if path.name in (LATEST, BEST) and path.is_file():
+        return _pointed_to(path)
     newest = latest(path)
     if newest is None:
         state = "holds no checkpoint" if path.exists() else "does not exist"
@@ -41,11 +46,15 @@ def latest(stage: Path) -> Path | None:
     for folder in (stage / CHECKPOINTS, stage):
         pointer = folder / LATEST
         if pointer.is_file():
-            checkpoint = folder / pointer.read_text().strip()
-            if not (checkpoint / NAME).is_file():
-                raise ValueError(f"{pointer}: names {checkpoint.name}, which is not there")
-            return checkpoint
+            return _pointed_to(pointer)
     return None
+
+
+def _pointed_to(pointer: Path) -> Path:
+    checkpoint = pointer.parent / pointer.read_text().strip()
+    if not (checkpoint / NAME).is_file():
+        raise ValueError(f"{pointer}: names {checkpoint.name}, which is not there")
+    return checkpoint
 
 
 def chain(path: Path) -> list[tuple[Path, Manifest]]:
@@ -80,19 +89,38 @@ def huggingface(checkpoint: Path, part: str) -> Path:
     return checkpoint / "huggingface" / part
 
 
+def iteration_folder(stage: Path, iteration: int) -> Path:
+    """Where a stage's checkpoint of an iteration is."""
+    return stage / CHECKPOINTS / f"iteration_{iteration:07d}"
+
+
 def point_to(checkpoint: Path) -> None:
     """Make a checkpoint the newest of its folder. Called when it is complete and on disk."""
     files.write_text(checkpoint.parent / LATEST, checkpoint.name + "\n")
 
 
+def name_best(stage: Path, iteration: int | None) -> None:
+    """Let `best` name the checkpoint of an iteration, or go. Changes nothing where it is so already."""
+    pointer = stage / CHECKPOINTS / BEST
+    if iteration is None:
+        pointer.unlink(missing_ok=True)
+        return
+    text = iteration_folder(stage, iteration).name + "\n"
+    if not pointer.is_file() or pointer.read_text() != text:
+        files.write_text(pointer, text)
+
+
 def prune(stage: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints of a stage's folder.
+    """Remove all but the newest `keep` checkpoints of a stage's folder, and the one that `best` names.
 
     A removed one loses its manifest first, so that what an interruption leaves of it is not taken for a checkpoint.
     """
     folders = sorted(folder for folder in (stage / CHECKPOINTS).glob("iteration_*") if (folder / NAME).is_file())
+    best = stage / CHECKPOINTS / BEST
+    spared = best.read_text().strip() if best.is_file() else None
     for folder in folders[:-keep]:
-        (folder / NAME).unlink()
+        if folder.name != spared:
+            (folder / NAME).unlink()
     for folder in (stage / CHECKPOINTS).glob("iteration_*"):
         if not (folder / NAME).is_file():
             shutil.rmtree(folder)

@@ -1,75 +1,130 @@
-"""The loss of every stage, so that a run that stopped learning is seen at once."""
+"""The losses of every stage, so that a run that stopped learning or began to memorise is seen at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
 
 from vlm import files
 from vlm.report import drawing
 
-FIELDS = ("iteration", "loss", "learning_rate")
+FIELDS = ("loss", "learning_rate")
+"""What every line of training has; a line of validation has only its own."""
+VALIDATION = "validation_loss"
+SPEED = "tokens_per_second"
+DASHES = ((0, (1, 1.2)), (0, (4, 1.6)), (0, (6, 1.5, 1, 1.5)))
+"""Of the data sets, where there are several."""
+
+Line = dict[str, Any]
 
 
 def draw(metrics: Sequence[Path], out: Path) -> None:
-    """Draw loss and learning rate over the iterations, one column per stage.
+    """Draw losses, learning rate and speed over the iterations, one column per stage.
 
     Args:
         metrics: `<stage>/metrics.jsonl` of each stage, in the order of training; the folder names the stage.
         out: PNG, SVG or PDF file, by its ending.
 
     Raises:
-        ValueError: a file is missing or empty, or a line lacks one of FIELDS.
+        ValueError: a file is missing, holds no line of training, or a line lacks its number.
     """
     stages = {path.parent.name: _read(path) for path in metrics}
-    drawn = drawing.figure(1.2 + 4.2 * len(stages), 4.6, "Training loss")
-    grid = drawn.subplots(2, len(stages), sharex="col", squeeze=False, height_ratios=(4, 1))
+    drawn = drawing.figure(1.2 + 4.6 * len(stages), 5.6, "Training")
+    grid = drawn.subplots(3, len(stages), sharex="col", squeeze=False, height_ratios=(4, 1, 1))
     for column, (stage, lines) in enumerate(stages.items()):
-        _loss(grid[0][column], stage, lines)
-        _learning_rate(grid[1][column], lines)
-    grid[0][0].set_ylabel("nats per trained token", color=drawing.FAINT, fontsize=9)
-    grid[1][0].set_ylabel("learning rate", color=drawing.FAINT, fontsize=9)
+        _losses(grid[0][column], stage, lines)
+        _learning_rate(grid[1][column], _with(lines, "learning_rate"))
+        _speed(grid[2][column], _with(lines, SPEED))
+        grid[2][column].set_xlabel("iteration", color=drawing.FAINT, fontsize=9)
+        grid[2][column].set_xlim(0, lines[-1]["iteration"] * 1.02)
+    for row, label in enumerate(("nats per trained token", "learning rate", "tokens/s")):
+        grid[row][0].set_ylabel(label, color=drawing.FAINT, fontsize=9)
     drawing.save(drawn, out)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> list[Line]:
     lines = files.read_records(path)
-    if not lines:
-        raise ValueError(f"{path}: holds no line of metrics")
+    if not any("loss" in line for line in lines):
+        raise ValueError(f"{path}: holds no line of training metrics")
     for number, line in enumerate(lines, start=1):
-        if wrong := [name for name in FIELDS if not isinstance(line.get(name), int | float)]:
+        needed = ("iteration", *(() if VALIDATION in line else FIELDS))
+        if wrong := [name for name in needed if not isinstance(line.get(name), int | float)]:
             raise ValueError(f"{path}: line {number} has no number under {', '.join(wrong)}")
     return lines
 
 
-def _loss(axes: Axes, stage: str, lines: Sequence[dict[str, Any]]) -> None:
-    iterations, losses = ([line[name] for line in lines] for name in ("iteration", "loss"))
-    axes.plot(iterations, losses, color=drawing.MODEL, linewidth=1.8, solid_capstyle="round")
-    axes.plot(iterations[-1], losses[-1], "o", color=drawing.MODEL, markersize=5)
+def _with(lines: Sequence[Line], name: str) -> list[Line]:
+    return [line for line in lines if name in line]
+
+
+def _losses(axes: Axes, stage: str, lines: Sequence[Line]) -> None:
+    """Training and validation, thick; below them in the same ink each of several data sets."""
+    highest = 0.0
+    for name, label, ink in (("loss", "training", drawing.MODEL), (VALIDATION, "validation", drawing.HELD_OUT)):
+        sets = sorted({key for line in lines for key in line if key.startswith(f"{name}/")})
+        for one, dashes in zip(sets, cycle(DASHES), strict=False):
+            look = {"linewidth": 1.0, "linestyle": dashes, "alpha": 0.75, "label": f"{label}, {one.split('/', 1)[1]}"}
+            highest = max(highest, _curve(axes, _with(lines, one), one, color=ink, **look))
+        if chosen := _with(lines, name):
+            highest = max(highest, _curve(axes, chosen, name, color=ink, linewidth=1.8, label=label))
+            _end(axes, chosen[-1], name, ink, above=name == VALIDATION)
+    axes.set_title(stage, loc="left", fontsize=11, color=drawing.INK)
+    axes.set_ylim(0, highest * 1.05)
+    if len(axes.lines) > 2:  # a curve alone and its end
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(handles, labels, frameon=False, fontsize=8.5, labelcolor=drawing.INK, loc="upper right")
+    drawing.plain(axes, grid="y")
+
+
+def _curve(axes: Axes, lines: Sequence[Line], name: str, **look: Any) -> float:
+    """Draw one, and return its highest value. Few measurements are marked."""
+    values = [line[name] for line in lines]
+    marker = "o" if name == VALIDATION else None
+    axes.plot(
+        [line["iteration"] for line in lines], values, solid_capstyle="round", marker=marker, markersize=3.5, **look
+    )
+    return float(max(values))
+
+
+def _end(axes: Axes, line: Line, name: str, ink: str, *, above: bool) -> None:
+    """The last value in figures."""
+    place = (line["iteration"], line[name])
+    axes.plot(*place, "o", color=ink, markersize=5)
     axes.annotate(
-        f"{losses[-1]:.3f}",
-        (iterations[-1], losses[-1]),
-        xytext=(0, 9),
+        f"{line[name]:.3f}",
+        place,
+        xytext=(0, 9 if above else -16),
         textcoords="offset points",
         ha="right",
-        color=drawing.INK,
+        color=ink,
         fontweight="bold",
         fontsize=10,
     )
-    axes.set_title(stage, loc="left", fontsize=11, color=drawing.INK)
-    axes.set_ylim(0, max(losses) * 1.05)
-    drawing.plain(axes, grid="y")
 
 
-def _learning_rate(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
-    iterations, rates = ([line[name] for line in lines] for name in ("iteration", "learning_rate"))
-    axes.fill_between(iterations, rates, color=drawing.SHUFFLED, alpha=0.5, linewidth=0)
-    axes.plot(iterations, rates, color=drawing.MODEL, linewidth=1.0)
-    axes.set_ylim(0, max(rates) * 1.1 or 1)
-    axes.set_yticks([max(rates)], labels=[f"{max(rates):.1e}".replace("e-0", "e-")])
-    axes.set_xlim(0, iterations[-1] * 1.02)
-    axes.set_xlabel("iteration", color=drawing.FAINT, fontsize=9)
+def _learning_rate(axes: Axes, lines: Sequence[Line]) -> None:
+    highest = _area(axes, lines, "learning_rate")
+    axes.set_yticks([highest], labels=[f"{highest:.1e}".replace("e-0", "e-")])
+
+
+def _speed(axes: Axes, lines: Sequence[Line]) -> None:
+    if lines:
+        highest = _area(axes, lines, SPEED)
+        axes.set_yticks([highest], labels=[EngFormatter(sep="", places=1)(highest)])
+    else:
+        axes.set_yticks([])
+        drawing.plain(axes, grid="y")
+
+
+def _area(axes: Axes, lines: Sequence[Line], name: str) -> float:
+    iterations, values = ([line[key] for line in lines] for key in ("iteration", name))
+    axes.fill_between(iterations, values, color=drawing.SHUFFLED, alpha=0.5, linewidth=0)
+    axes.plot(iterations, values, color=drawing.MODEL, linewidth=1.0)
+    axes.set_ylim(0, max(values) * 1.1 or 1)
     drawing.plain(axes, grid="y")
+    return float(max(values))

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 INK, FAINT, GRID = "#1f2733", "#6b7683", "#e3e7ec"
-MODEL, SHUFFLED, CONTROL = "#2563a8", "#a9c6e4", "#b4bbc4"
+MODEL, SHUFFLED, CONTROL, HELD_OUT = "#2563a8", "#a9c6e4", "#b4bbc4", "#c2571a"
 FORMATS = (".png", ".svg", ".pdf")
 
 

@@ -58,7 +58,8 @@ class Feed(Iterator[PackedBatch]):
         if len(self.sets) == 1:
             self.trained[0] += len(batch.trained_positions)
             return
-        owners = torch.tensor([self.sets.index(key.partition("/")[0]) for key in batch.sample_keys])
+        names = [key.partition("/")[0] for key in batch.sample_keys]
+        owners = torch.tensor([self.sets.index(name) for name in names], dtype=torch.int64)
         sets_R = owners[torch.searchsorted(borders, batch.trained_positions, right=True) - 1]
         for number, trained in enumerate(sets_R.bincount(minlength=len(self.sets)).tolist()):
             self.trained[number] += trained
