@@ -102,6 +102,7 @@ def _add_train(commands: Any) -> None:
     train.add_argument("--data", type=Path, required=True, help="folder that holds one indexed folder per data set")
     train.add_argument("--out", type=Path, required=True, help="folder of the stage")
     train.add_argument("--stop-after", metavar="TIME", help="save and exit 75 before so long has passed: 90m, 3h50m")
+    train.add_argument("--wait", action="store_true", help="wait for another training in --out to end")
 
 
 def _add_generate(commands: Any) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from vlm.checkpoint.lock import hold
 from vlm.cli import parser
 
 PIXEL = base64.b64decode(
@@ -27,11 +28,13 @@ def make_folder(path: Path) -> None:
     make(path / "content")
 
 
-def train(out: Path) -> None:
-    make(out / "started")
-    while Path("hold").exists():
-        time.sleep(0.05)
-    make(out / "finished.json")
+def train(out: Path, wait: bool) -> None:
+    with hold(out / "lock", wait=wait):
+        with open(out / "started", "a") as starts:
+            starts.write("started\n")
+        while Path("hold").exists():
+            time.sleep(0.05)
+        make(out / "finished.json")
 
 
 def main() -> None:
@@ -53,7 +56,7 @@ def main() -> None:
         case "index":
             make(arguments["directory"] / ".nv-meta/dataset.yaml")
         case "train":
-            train(out)
+            train(out, arguments["wait"])
         case "controls":
             make(out)
             if arguments["annotations_out"]:

@@ -1,8 +1,8 @@
 """Starts the ranks of this machine and ends as they do: `vlm train` is its own launcher.
 
-`torchrun` reports 1 for whatever its ranks report, kills them 30 seconds after it was asked to end, and dies of SIGUSR1.
-This passes requests on, waits for the save however long it takes, and keeps the exit code. Ranks that `torchrun` or
-another launcher started (RANK is set) are left alone.
+`torchrun` reports 1 for whatever its ranks report, kills them 30 seconds after it was asked to end, and dies of
+SIGUSR1. This passes requests on, waits for the save however long it takes, and keeps the exit code. Ranks that
+`torchrun` or another launcher started (RANK is set) are left alone.
 """
 
 from __future__ import annotations

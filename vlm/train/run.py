@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
 from pathlib import Path
 
 from vlm import config as configuration
+from vlm.checkpoint import lock
 from vlm.train import launch
 from vlm.train.plan import Plan, prepare
 from vlm.train.stop import EXIT_STOPPED, Stop, parse_duration
@@ -20,7 +22,15 @@ _NOISE = (
 """Warnings that no setting of ours can heed."""
 
 
-def run(config: Path, stage: str, start_from: Path, data: Path, out: Path, stop_after: str | None = None) -> int:
+def run(
+    config: Path,
+    stage: str,
+    start_from: Path,
+    data: Path,
+    out: Path,
+    stop_after: str | None = None,
+    wait: bool = False,
+) -> int:
     """Train a stage; go on from `out/checkpoints/latest` if that is the same run, and do nothing if it is finished.
 
     Args:
@@ -31,10 +41,11 @@ def run(config: Path, stage: str, start_from: Path, data: Path, out: Path, stop_
         out: gets `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `rejected.json` and, at the end, `finished.json`.
             What another run (other settings, parent or data) left there is moved to `out/previous-<hash8>`.
         stop_after: how long this process may live, as `90m` or `3h50m`; it saves and ends while there is time to.
+        wait: wait for another training in `out` to end, instead of refusing to work beside it.
 
     Returns:
-        0; 75 where a signal or `stop_after` ended it early and the same command goes on; 1 where loss or gradient were
-        not finite or a rank died.
+        As docs/failures.md lists them: 0; 75 where a signal or `stop_after` ended it early and the same command goes
+        on; 73 where another training owns `out`; 1 where a step was not finite, the disk full or a rank gone.
 
     Raises:
         ValueError, FileNotFoundError: what was asked cannot be done; said before the first step.
@@ -42,30 +53,52 @@ def run(config: Path, stage: str, start_from: Path, data: Path, out: Path, stop_
     settings = configuration.load(config)
     budget_seconds = None if stop_after is None else parse_duration(stop_after)
     plan = prepare(settings, stage, start_from, data, out)
-    if (checkpoint := plan.finished()) is not None:
-        print(f"{stage}: already finished, {checkpoint} is its last checkpoint", file=sys.stderr)
+    if _is_finished(plan):
         return 0
-    if launch.needed(settings.parallel):
-        options = {"config": config, "stage": stage, "start-from": start_from, "data": data, "out": out}
-        command = [f"--{name}={value}" for name, value in options.items()]
-        command += [] if stop_after is None else [f"--stop-after={stop_after}"]
-        return launch.run([sys.executable, "-m", "vlm.cli", "train", *command], settings.parallel)
-    with Stop(budget_seconds, quiet=int(os.environ.get("RANK", "0")) > 0) as stop:
-        return _train(plan, stop)
+    claims = out / "lock"
+    try:
+        if launch.needed(settings.parallel):
+            lock.await_free(claims, wait=wait)  # the first rank takes it, and works on should this process be killed
+            if wait and _is_finished(plan):
+                return 0
+            options = {"config": config, "stage": stage, "start-from": start_from, "data": data, "out": out}
+            command = [f"--{name}={value}" for name, value in options.items()]
+            command += [] if stop_after is None else [f"--stop-after={stop_after}"]
+            return launch.run([sys.executable, "-m", "vlm.cli", "train", *command], settings.parallel)
+        rank = int(os.environ.get("RANK", "0"))
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(Stop(budget_seconds, quiet=rank > 0))
+            if rank == 0:
+                stack.enter_context(lock.hold(claims, wait=wait, cancelled=lambda: bool(stop.code)))
+            return 0 if wait and _is_finished(plan) else _train(plan, stop)
+    except lock.Taken as taken:
+        print(f"vlm: {taken}", file=sys.stderr)
+        return lock.EXIT_TAKEN
+
+
+def _is_finished(plan: Plan) -> bool:
+    checkpoint = plan.finished()
+    if checkpoint is not None:
+        print(f"{plan.stage}: already finished, {checkpoint} is its last checkpoint", file=sys.stderr)
+    return checkpoint is not None
 
 
 def _train(plan: Plan, stop: Stop) -> int:
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
+    from vlm import parallel
     from vlm.train.step import NonFiniteError  # torch, megatron-core and Energon: 4 s
     from vlm.train.trainer import Trainer
+    from vlm.train.watch import Watch
 
+    parallel.initialize(plan.config.parallel, plan.config.seed)
     try:
-        with Trainer(plan, stop) as trainer:
+        with Watch(), Trainer(plan, stop) as trainer:
             stopped = trainer.train()
     except NonFiniteError as error:
         print(f"vlm: {error}", file=sys.stderr)
         return 1
+    parallel.destroy()  # not after an error, when other ranks may still wait in a collective
     if stopped is None:
         return 0
     if trainer.first_rank:

@@ -1,7 +1,7 @@
 """Ends a run early without losing a step: when a signal asks for it, or before its time is up.
 
 Signals arrive through a wake-up descriptor that a thread of its own reads: the main thread may be deep inside a
-collective and would not run a Python handler for minutes. Imports no torch, so that it is in place before anything else.
+collective and would not run a Python handler for minutes. Imports no torch, so that it is in place before all else.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class Stop:
         self._deadline = None if budget_seconds is None else self._started + budget_seconds
         self._steps: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._save: float | None = None
+        self._validation = 0.0
 
     def __enter__(self) -> Stop:
         self._reader, self._writer = os.pipe()
@@ -114,6 +115,9 @@ class Stop:
     def stepped(self, seconds: float) -> None:
         self._steps.append(seconds)
 
+    def validated(self, seconds: float) -> None:
+        self._validation = seconds
+
     def saved(self, seconds: float) -> None:
         self._save = seconds
 
@@ -124,7 +128,7 @@ class Stop:
             return self._signal
         if self._deadline is None:
             return 0
-        needed = _MARGIN * (max(self._steps, default=0.0) + (self._save or 0.0))
+        needed = _MARGIN * (max(self._steps, default=0.0) + self._validation + (self._save or 0.0))
         return _NO_TIME if time.monotonic() + needed > self._deadline else 0
 
 

@@ -24,7 +24,7 @@ from vlm.train.stop import Stop, name
 
 
 class Trainer:
-    """A stage ready to train. A context: leaving it closes the files and the process groups.
+    """A stage ready to train, in processes that `vlm.parallel` has joined. A context: leaving it closes the files.
 
     Args:
         plan: what to train.
@@ -40,7 +40,6 @@ class Trainer:
         self.totals = Totals()
         self.peak_memory_bytes = 0
         config, stage = plan.config, plan.settings
-        parallel.initialize(config.parallel, config.seed)
         self.first_rank = torch.distributed.get_rank() == 0
         known = identity.read(plan.out / CHECKPOINTS)
         newest = checkpoint.latest(plan.out) if known == plan.identity else None
@@ -88,8 +87,6 @@ class Trainer:
     ) -> None:
         self.reporter.close()
         self.loader.close()
-        if kind is None:  # after an error other ranks may still wait in a collective: leave at once
-            parallel.destroy()
 
     def train(self) -> str | None:
         """Run the iterations that are left, then write `finished.json`.

@@ -1,7 +1,7 @@
 # Steps 8 and 10: one rule for every stage of the configuration.
-# Checkpoints and metrics are no outputs, so that a stopped training goes on. A trainer outlives a snakemake that is
-# killed, so the next one waits for it: the lock is the kernel's, held until the trainer ends, however it ends. The log is
-# also shown, for its progress bar.
+# Checkpoints and metrics are no outputs, so that a stopped training goes on; docs/failures.md says how it ends and what
+# then. A trainer outlives a snakemake that is killed, so the next one waits for it; a SLURM job does not, since it would
+# hold its GPUs idle. The log is also shown, for its progress bar, by a `tee` that the trainer's signals do not end.
 # One thread: at the miniature's size a second one saves a tenth of the time, and costs far more where the core is busy;
 # generating and scoring run beside it.
 rule train:
@@ -25,7 +25,7 @@ rule train:
     message:
         "Training stage {wildcards.stage}"
     shell:
-        "exec 9> {params.out}.lock; "
-        "flock --nonblock 9 || {{ echo 'Waiting for another training in {params.out} to end.' >&2; flock 9; }}; "
+        "[ -n \"${{SLURM_JOB_ID:-}}\" ] || wait=--wait; "
         "{params.launcher} train --config {params.config} --stage {wildcards.stage} "
-        "--start-from {params.start_from} --data {params.data} --out {params.out} 2>&1 | tee {log}"
+        "--start-from {params.start_from} --data {params.data} --out {params.out} ${{wait:-}} 2>&1 "
+        "| (trap '' INT TERM USR1; exec tee {log})"
