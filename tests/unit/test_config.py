@@ -77,6 +77,10 @@ def test_the_full_recipe_says_every_key_itself() -> None:
         pytest.param("stages.pretrain.start_from", "sft", ["start_from", "circle"], id="stages-in-a-circle"),
         pytest.param("stages.sft.data", {"sfd": 1}, ["stages.sft.data", "'sft'"], id="no-such-set"),
         pytest.param("stages.sft.global_batch", 31, ["stages.sft.global_batch: 31", "2"], id="batch-over-ranks"),
+        pytest.param("stages.sft.save_interval", 750, ["stages.sft: keep_best", "750", "500"], id="best-not-validated"),
+        pytest.param(
+            "stages.sft.validation_interval", 0, ["stages.sft: keep_best", "which is 0"], id="best-of-no-validation"
+        ),
         pytest.param("stages.sft.trainable", [], ["stages.sft.trainable"], id="nothing-to-train"),
         pytest.param("parallel.tensor", 3, ["parallel", "tensor x pipeline = 3"], id="tensor-over-ranks"),
         pytest.param("parallel.sequence", "yes please", ["parallel.sequence"], id="not-a-truth-value"),
@@ -87,6 +91,18 @@ def test_a_mistake_is_refused_with_its_key(key: str, value: Any, words: list[str
         validate(changed(key, value))
     for word in words:
         assert word in str(refusal.value)
+
+
+def test_what_reads_the_validation_loss_needs_one() -> None:
+    tree = changed("stages.sft.early_stop", 3)
+    tree["stages"]["sft"] |= {"validation_interval": 0, "keep_best": False}
+    with pytest.raises(ValueError, match=r"stages\.sft: early_stop: 3 needs a validation_interval above 0"):
+        validate(tree)
+    tree["stages"]["sft"]["early_stop"] = None
+    validate(tree)
+    for_nothing = changed("data.sets.sft.validation_share", 0)
+    with pytest.raises(ValueError, match=r"stages\.sft\.validation_interval: 500 .* is 0 in data\.sets\.sft"):
+        validate(for_nothing)
 
 
 def test_all_mistakes_are_named_at_once() -> None:

@@ -147,6 +147,44 @@ def test_finished_needs_report_identity_and_last_checkpoint(place):
     assert plan(place, stages__pretrain__iterations=8).finished() is None
 
 
+PATIENT = {"stages__pretrain__validation_interval": 1000}
+
+
+@pytest.mark.parametrize(
+    ("early_stop", "stopped_early", "accepted"),
+    [
+        pytest.param(3, 3, True, id="as-it-says"),
+        pytest.param(2, 3, True, id="less-patience-than-then"),
+        pytest.param(4, 3, False, id="more-patience-than-then"),
+        pytest.param(None, 3, False, id="no-early-stop-now"),
+        pytest.param(3, None, False, id="it-did-not-stop-early"),
+    ],
+)
+def test_a_stage_that_stopped_early_is_finished_for_as_little_patience(place, early_stop, stopped_early, accepted):
+    changes = PATIENT | {"stages__pretrain__early_stop": early_stop}
+    folder = stopped_parent(place, 150)
+    made = prepare(settings(**changes), "pretrain", place / "combined", place / "data", place / "pretrain")
+    identity.write(folder.parent, made.identity)
+    report = {"checkpoint": f"checkpoints/{folder.name}", "iterations": 150, "stopped_early": stopped_early}
+    (place / "pretrain" / "finished.json").write_text(json.dumps(report))
+    assert made.finished() == (folder if accepted else None)
+    for start_from in ("pretrain", "pretrain/checkpoints"):
+        if accepted:
+            assert plan(place, stage="sft", start_from=start_from, **changes).parent == folder
+        else:
+            with pytest.raises(ValueError, match=r"is 20000, but .* stopped at 150"):
+                plan(place, stage="sft", start_from=start_from, **changes)
+
+
+def test_a_report_of_another_iteration_finishes_nothing(place):
+    changes = PATIENT | {"stages__pretrain__early_stop": 1}
+    stopped_parent(place, 150)
+    report = {"checkpoint": "checkpoints/iteration_0000150", "iterations": 100, "stopped_early": 1}
+    (place / "pretrain" / "finished.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="stopped at 150"):
+        plan(place, stage="sft", start_from="pretrain", **changes)
+
+
 def test_planning_needs_no_torch():
     code = "import sys, vlm.train.run; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
