@@ -77,6 +77,33 @@ def test_curves_show_every_stage_as_it_was_logged(tmp_path: Path, drawn: list[Fi
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_curves_of_validation_and_of_each_data_set(tmp_path: Path, drawn: list[Figure]) -> None:
+    """Only some lines have them, and an older file has no speed."""
+    path = _metrics(tmp_path, "sft", [2.0, 1.0])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0] |= {"loss/a": 3.0, "loss/b": 0.5, "tokens_per_second": 1234.5}
+    lines[1] |= {"loss/b": 0.25}
+    lines.insert(1, {"iteration": 5, "validation_loss": 1.75, "validation_loss/a": 3.5})
+    lines.append({"iteration": 10, "validation_loss": 1.25})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves.draw([path, _metrics(tmp_path, "other", [1.0])], tmp_path / "loss.png")
+    axes = _titled(drawn[0], "sft")
+    shown = {line.get_label(): line for line in axes.lines if not str(line.get_label()).startswith("_")}
+    assert {name: (list(line.get_xdata()), list(line.get_ydata())) for name, line in shown.items()} == {
+        "training": ([5, 10], [2.0, 1.0]),
+        "training, a": ([5], [3.0]),
+        "training, b": ([5, 10], [0.5, 0.25]),
+        "validation": ([5, 10], [1.75, 1.25]),
+        "validation, a": ([5], [3.5]),
+    }
+    assert shown["validation"].get_color() == drawing.HELD_OUT != shown["training"].get_color()
+    assert {text.get_text() for text in axes.texts} == {"1.000", "1.250"}
+    assert axes.get_ylim()[1] > 3.5, "the highest curve is cut off"
+    assert axes.get_legend() is not None and _titled(drawn[0], "other").get_legend() is None
+    speeds = [list(line.get_ydata()) for one in drawn[0].axes for line in one.lines]
+    assert [1234.5] in speeds
+
+
 def test_one_logged_line_is_a_point(tmp_path: Path) -> None:
     curves.draw([_metrics(tmp_path, "pretrain", [3.0])], tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 1000
@@ -91,8 +118,13 @@ def test_one_logged_line_is_a_point(tmp_path: Path) -> None:
             '{"iteration": 5, "loss": 1.0}\n{"iteration": 6}\n',
             "metrics.jsonl: line 1 has no number under learning_rate",
         ),
+        ('{"iteration": 5, "validation_loss": 1.0}\n', "metrics.jsonl: holds no line of training"),
+        (
+            '{"iteration": 5, "loss": 1.0, "learning_rate": 1}\n{"validation_loss": 1.0}\n',
+            "metrics.jsonl: line 2 has no number under iteration",
+        ),
     ],
-    ids=["missing", "empty", "field-missing"],
+    ids=["missing", "empty", "field-missing", "validation-alone", "validation-of-nothing"],
 )
 def test_broken_metrics_are_named(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "pretrain/metrics.jsonl"
