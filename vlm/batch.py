@@ -64,22 +64,19 @@ class PackedBatch:
         """Tokens without the padding. Reads `cu_seqlens`, so ask before moving the batch to a GPU."""
         return int(self.cu_seqlens[len(self.sample_keys)])
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The fields that are tensors, by name."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
-        moved = {
-            field.name: value.to(device, non_blocking=non_blocking)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
+        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self.tensors.items()}
         return dataclasses.replace(self, **moved)
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory, which a GPU copies from without waiting."""
-        pinned = {
-            field.name: value.pin_memory()
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
-        return dataclasses.replace(self, **pinned)
+        return dataclasses.replace(self, **{name: value.pin_memory() for name, value in self.tensors.items()})
 
 
 def pack(

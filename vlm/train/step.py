@@ -80,7 +80,7 @@ class Step:
     Args:
         model: the model in mcore's DDP.
         optimizer: mcore's optimizer over it.
-        loader: packed sequences of this data-parallel rank.
+        loader: packed sequences of this data-parallel rank; None where another rank builds them.
         num_micro_batches: packed sequences per step on this rank (global batch / data-parallel ranks).
         sequence_length: S, slots of a packed sequence; pipeline stages exchange activations of this length.
         device: where the batches go.
@@ -91,7 +91,7 @@ class Step:
         self,
         model: DistributedDataParallel,
         optimizer: MegatronOptimizer,
-        loader: Iterator[PackedBatch],
+        loader: Iterator[PackedBatch] | None,
         *,
         num_micro_batches: int,
         sequence_length: int,
@@ -119,6 +119,8 @@ class Step:
         """
         started = time.perf_counter()
         self._feed.begin()
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            self._feed.fetch(self._num_micro_batches)
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
         parts = self._forward_backward(data_iterator=self._feed)
