@@ -322,7 +322,7 @@ def test_what_does_not_fit_the_command_is_refused(tmp_path, exported, combined, 
         with pytest.raises(ValueError, match=message):
             convert(exported, tmp_path / "out", **options)
     settings = write_settings(tmp_path / "config.yaml", models__projector__hidden_size=80)
-    with pytest.raises(ValueError, match=r"linear_fc1.weight has shape \[48, 32\], config.json gives \[80, 32\]"):
+    with pytest.raises(ValueError, match=r"linear_fc1.weight has shape \[48, 32\], models.projector gives \[80, 32\]"):
         convert(exported, tmp_path / "out", **base, config=settings)
     assert names(tmp_path) == {"config.yaml"}
 
@@ -332,7 +332,11 @@ def test_what_does_not_fit_the_command_is_refused(tmp_path, exported, combined, 
     [
         (8, {}, "--tensor 8: num_key_value_heads of the language model is 4, which does not divide over 8 ranks"),
         (0, {}, "--tensor 0: expected at least 1 rank"),
-        (4, {"models__projector__hidden_size": 50}, "linear_fc1.weight: 50 of shape .* do not divide over 4"),
+        (
+            4,
+            {"models__projector__hidden_size": 50, "export": False},
+            "linear_fc1.weight: 50 of shape .* do not divide over 4",
+        ),
     ],
     ids=["heads", "no-rank", "projector"],
 )

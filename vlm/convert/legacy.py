@@ -95,7 +95,8 @@ class _Conversion:
             shape, wanted = specs[key][1], row.shape
             longer = key in PADDED and shape[0] >= wanted[0] and shape[1:] == wanted[1:]
             if shape != wanted and not longer:
-                raise ValueError(f"{where}: {key} has shape {list(shape)}, config.json gives {list(wanted)}")
+                given = "models.projector" if key.startswith("vision_projection.") else "config.json"
+                raise ValueError(f"{where}: {key} has shape {list(shape)}, {given} gives {list(wanted)}")
         missing = [key for key in self.rows if key not in specs]
         built = self._num_built_layers()
         if needed := [key for key in missing if is_taken(key, built)]:

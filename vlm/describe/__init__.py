@@ -1,0 +1,1 @@
+"""`vlm checkpoint`: what a checkpoint is, and in what two of them differ. Reads, and writes nothing."""
