@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,17 @@ def write_picture(path: Path, index: int) -> None:
 def picture_index(pixels: np.ndarray) -> int:
     """Reads back what `write_picture` drew, from uint8 [3, H, W]."""
     return sum(int(pixels[0, 8, bit * 4 + 2] > 127) << bit for bit in range(16))
+
+
+def overwrite_pictures(directory: Path, number: int, *, start: int = 0, shard: str = "shard-000000.tar") -> list[str]:
+    """Zeros over so many pictures inside a shard of a data set; the keys of their samples."""
+    with tarfile.open(directory / shard) as tar:
+        pictures = [member for member in tar if not member.name.endswith(".json")][start : start + number]
+    with open(directory / shard, "r+b") as stream:
+        for member in pictures:
+            stream.seek(member.offset_data)
+            stream.write(b"\0" * member.size)
+    return [f"{directory.name}/{member.name[:9]}" for member in pictures]
 
 
 def write_config(path: Path, **changes: Any) -> Path:

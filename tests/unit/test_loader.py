@@ -181,14 +181,7 @@ def damaged(folder: Path, tmp_path: Path) -> tuple[Path, list[str]]:
     """The data with four pictures of `captions` overwritten inside a shard, and their keys."""
     data = tmp_path / "data"
     shutil.copytree(folder / "data", data)
-    path = data / "captions/shard-000000.tar"
-    with tarfile.open(path) as tar:
-        pictures = [member for member in tar if not member.name.endswith(".json")][5:9]
-    with open(path, "r+b") as stream:
-        for member in pictures:
-            stream.seek(member.offset_data)
-            stream.write(b"\0" * member.size)
-    return data, [f"captions/{member.name[:9]}" for member in pictures]
+    return data, fixtures.overwrite_pictures(data / "captions", 4, start=5)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -151,12 +151,7 @@ def damaged(folder: Path, tmp_path: Path) -> tuple[Path, list[str]]:
     """The data with all validation pictures of `captions` overwritten, and their keys."""
     data = tmp_path / "data"
     shutil.copytree(folder / "data", data)
-    pictures = [member for member in _members(data, "captions") if not member.name.endswith(".json")]
-    with open(data / "captions/validation-000000.tar", "r+b") as stream:
-        for member in pictures:
-            stream.seek(member.offset_data)
-            stream.write(b"\0" * member.size)
-    return data, [f"captions/{member.name[:9]}" for member in pictures]
+    return data, fixtures.overwrite_pictures(data / "captions", 12, shard="validation-000000.tar")
 
 
 def test_unusable_samples_are_counted_and_leave_their_places_empty(

@@ -48,10 +48,13 @@ def is_builder() -> bool:
     return distributed.get_rank() == parallel_state.get_model_parallel_src_rank()
 
 
+_Shape = tuple[str, torch.dtype, torch.Size]
+
+
 @dataclass(frozen=True)
 class _Header:
     known: Any
-    shapes: list[tuple[str, torch.dtype, torch.Size]]
+    shapes: list[_Shape]
     error: Exception | None = None
 
 
@@ -77,13 +80,9 @@ class Sharing:
         header, buffer, failure = None, None, None
         if distributed.get_rank() == self._source:
             try:
-                known, tensors = build()
+                header, buffer = self._flatten(*build())
             except Exception as error:
                 header, failure = _Header(None, [], _portable(error)), error
-            else:
-                ordered = _aligned(tensors)
-                header = _Header(known, [(name, value.dtype, value.shape) for name, value in ordered.items()])
-                buffer = self._flatten(ordered)
         objects = [header]
         distributed.broadcast_object_list(objects, self._source, self._group, torch.device("cpu"))
         header = objects[0]
@@ -93,35 +92,35 @@ class Sharing:
         if buffer is None:
             buffer = torch.empty(sum(map(_num_bytes, header.shapes)), dtype=torch.uint8, device=self._device)
         distributed.broadcast(buffer, self._source, self._group)
-        return header.known, _unflatten(buffer, header)
+        views = _views(buffer, header.shapes)
+        return header.known, {name: views[name].to(dtype) for name, dtype, _ in header.shapes}
 
-    def _flatten(self, tensors: Tensors) -> torch.Tensor:
+    def _flatten(self, known: Any, tensors: Tensors) -> tuple[_Header, torch.Tensor]:
         """One buffer on the device, by way of page-locked memory, from which the copy waits for nothing."""
-        pieces = [value.to(_TRANSPORT.get(value.dtype, value.dtype)).flatten() for value in tensors.values()]
-        size = sum(piece.numel() * piece.element_size() for piece in pieces)
-        buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        torch.cat([piece.view(torch.uint8) for piece in pieces], out=buffer)
-        return buffer.to(self._device, non_blocking=True)
-
-
-def _aligned(tensors: Tensors) -> dict[str, torch.Tensor]:
-    """Bytes last, so that every number lies at a multiple of its size."""
-    return dict(sorted(tensors.items(), key=lambda item: -_transported(item[1].dtype).itemsize))
+        # Bytes last, so that every number lies at a multiple of its size.
+        ordered = sorted(tensors.items(), key=lambda item: -_transported(item[1].dtype).itemsize)
+        shapes = [(name, value.dtype, value.shape) for name, value in ordered]
+        on_gpu = self._device.type == "cuda"
+        buffer = torch.empty(sum(map(_num_bytes, shapes)), dtype=torch.uint8, pin_memory=on_gpu)
+        for name, view in _views(buffer, shapes).items():
+            view.copy_(tensors[name])
+        return _Header(known, shapes), buffer.to(self._device, non_blocking=True)
 
 
 def _transported(dtype: torch.dtype) -> torch.dtype:
     return _TRANSPORT.get(dtype, dtype)
 
 
-def _num_bytes(shape: tuple[str, torch.dtype, torch.Size]) -> int:
+def _num_bytes(shape: _Shape) -> int:
     return shape[2].numel() * _transported(shape[1]).itemsize
 
 
-def _unflatten(buffer: torch.Tensor, header: _Header) -> dict[str, torch.Tensor]:
-    sizes = list(map(_num_bytes, header.shapes))
+def _views(buffer: torch.Tensor, shapes: list[_Shape]) -> Tensors:
+    """The tensors inside a flat buffer."""
+    pieces = buffer.split(list(map(_num_bytes, shapes)))
     return {
-        name: piece.view(_transported(dtype)).to(dtype).view(shape)
-        for (name, dtype, shape), piece in zip(header.shapes, buffer.split(sizes), strict=True)
+        name: piece.view(_transported(dtype)).view(shape)
+        for (name, dtype, shape), piece in zip(shapes, pieces, strict=True)
     }
 
 
