@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the processes import this modu
 import data_fixtures as fixtures
 
 NUM_BATCHES = 7
+LARGEST = 2**31 - 1  # token id
 SEQUENCE = 512
 TENSORS = ("tokens_S", "labels_S", "positions_S", "cu_seqlens", "images", "image_positions", "trained_positions")
 
@@ -33,6 +35,7 @@ def work(rank: int, folder: Path, tensor: int, pipeline: int, data: int) -> None
 
     from vlm import config as settings
     from vlm import loader, parallel
+    from vlm.batch import Sample, pack
     from vlm.train.feed import Feed
     from vlm.train.sharing import on_builder
 
@@ -84,6 +87,11 @@ def work(rank: int, folder: Path, tensor: int, pipeline: int, data: int) -> None
         seen["counts"].append(number)
         taken(held_out, number)
     seen["validation"] = held_out.keys
+    largest = pack(
+        [Sample(np.array([7, LARGEST]), np.array([False, True]), np.zeros(0, int))], [], ["captions/0"], 3, 8
+    )
+    ((batch, *_),) = taken(feed([largest] if training is not None else None), 1)
+    seen["largest"] = [batch.tokens_S.tolist(), batch.labels_S.tolist()]
     seen["truncated"] = outcome(lambda: opened("truncated"))
     strict = config.model_copy(update={"data": config.data.model_copy(update={"max_rejected_share": 0.01})})
     broken = feed(opened("broken", settings=strict))
@@ -185,6 +193,7 @@ def test_all_ranks_of_a_group_count_alike(ranks: list[dict[str, Any]]) -> None:
         tokens = [tokens for _, _, tokens, *_ in group[0]["batches"]]
         used = [batch.num_tokens for batch, *_ in group[0]["batches"]]
         assert tokens == [sum(used[: index + 1]) for index in range(len(used))]
+    assert all(seen["largest"] == [[7, LARGEST, 0], [LARGEST, -100, -100]] for seen in ranks)
     assert all(seen["fetched"] == 3 and seen["undisturbed"] and seen["forgotten"] == ([], 0) for seen in ranks)
 
 
