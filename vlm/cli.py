@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vlm.benchmarks import BENCHMARKS
+
 
 def _call(target: str) -> Callable[..., Any]:
     """Import `package.module:function` only when it is called."""
@@ -44,6 +46,8 @@ def _add_sources(commands: Any) -> None:
     fetch.add_argument("out", type=Path)
     fetch.add_argument("--revision", default="main")
     fetch.add_argument("--kind", choices=("model", "dataset"), default="model")
+    part = "download only such files of a data set, for instance 'data/test-*'; may be repeated"
+    fetch.add_argument("--include", action="append", default=[], metavar="PATTERN", help=part)
 
     tiny = _group(commands, "tiny", "Make the miniature's pictures, texts and base models.")
     data = _command(tiny, "data", "vlm.tiny.datasets:write", "Render the miniature data sets in the real layouts.")
@@ -64,6 +68,9 @@ def _add_convert(commands: Any) -> None:
         one = _command(convert, part, f"vlm.convert.{part}:convert", f"Convert a {part} model to Megatron.")
         one.add_argument("source", type=Path, help="Hugging Face folder with config.json and safetensors")
         one.add_argument("out", type=Path)
+    llava = _command(convert, "llava", "vlm.convert.llava:convert", "Convert a transformers LLaVA folder to Megatron.")
+    llava.add_argument("source", type=Path, help="folder of a LlavaForConditionalGeneration with safetensors")
+    llava.add_argument("out", type=Path)
     legacy = _command(convert, "legacy", "vlm.convert.legacy:convert", "Convert Megatron-LM's per-rank files.")
     legacy.add_argument("source", type=Path, help="folder with latest_checkpointed_iteration.txt or mp_rank_00")
     legacy.add_argument("out", type=Path)
@@ -109,7 +116,8 @@ def _add_generate(commands: Any) -> None:
     tasks = _command(commands, "generate", "vlm.generate.tasks:generate", "Answer every item of an evaluation task.")
     _config(tasks)
     tasks.add_argument("--checkpoint", type=Path, required=True)
-    tasks.add_argument("--task", choices=("captions", "captions_shuffled", "dialogue", "mmmu"), required=True)
+    names = ("captions", "captions_shuffled", "dialogue", "mmmu", *BENCHMARKS)
+    tasks.add_argument("--task", choices=names, required=True)
     tasks.add_argument("--source", type=Path, required=True, help="folder of the evaluation data")
     tasks.add_argument("--out", type=Path, required=True, help="JSON lines, continued where they stop")
     ask = _command(commands, "ask", "vlm.generate.ask:ask", "Answer one question about one picture.")
@@ -126,11 +134,21 @@ def _add_score(commands: Any) -> None:
     captions.add_argument("--predictions", type=Path, required=True, help="COCO results list, or generated JSON lines")
     captions.add_argument("--output", type=Path, required=True)
     mmmu = _command(score, "mmmu", "vlm.evaluate.mmmu:score", "MMMU accuracy per subject, domain and overall.")
-    mmmu.add_argument("--answers", type=Path, required=True, help="answer_dict_val.json")
+    mmmu.add_argument("--answers", type=Path, required=True, help="answer_dict_val.json, or the Hub's files")
     mmmu.add_argument("--predictions", type=Path, required=True)
+    mmmu.add_argument("--split", default="validation", help="parquet files to read the answers from")
     mmmu.add_argument("--output", type=Path, required=True)
     mmmu.add_argument("--fallback", choices=("first", "random", "wrong"), default="random")
     mmmu.add_argument("--seed", type=int, default=0)
+    for name, benchmark in BENCHMARKS.items():
+        one = _command(score, name, "vlm.evaluate.answers:score", f"{benchmark.title}, overall and per group.")
+        one.set_defaults(benchmark=name)
+        hub = "copy of the Hub's repository, its parquet files, or the benchmark's own JSON files"
+        one.add_argument("--annotations", type=Path, nargs="+", required=True, help=hub)
+        own = "generated JSON lines, or the benchmark's own results"
+        one.add_argument("--predictions", type=Path, nargs="+", required=True, help=own)
+        one.add_argument("--output", type=Path, required=True)
+        one.add_argument("--split", default=benchmark.split, help="of the repository (default: %(default)s)")
     controls = _command(score, "controls", "vlm.evaluate.controls:predict", "Captions of a control, to be scored.")
     _config(controls)
     controls.add_argument("--control", choices=("random", "nearest", "reference"), required=True)
@@ -156,6 +174,19 @@ def _add_export(commands: Any) -> None:
     export.add_argument("--tensor", type=int, default=None, help="megatron: tensor-parallel ranks (default: 1)")
     implementations = ("transformer_engine", "local")
     export.add_argument("--transformer-impl", choices=implementations, default="", help="megatron: names of norms")
+
+
+def _add_checkpoint(commands: Any) -> None:
+    one = _group(commands, "checkpoint", "Say what a checkpoint is, and in what two of them differ.")
+    show = _command(one, "show", "vlm.describe.show:show", "Kind, stage, parents, sizes and hashes of a checkpoint.")
+    show.add_argument("directory", type=Path, help="checkpoint, stage, Hugging Face folder or Megatron-LM's files")
+    show.add_argument("--layers", action="store_true", help="a line per layer")
+    show.add_argument("--hash", dest="hashes", action="store_true", help="SHA-256 of the weights on each line")
+    show.add_argument("--only-manifest", action="store_true", help="leave the weights alone, at once and without torch")
+    show.add_argument("--json", dest="as_json", action="store_true", help="one JSON object instead of tables")
+    diff = _command(one, "diff", "vlm.describe.diff:diff", "List weights that differ; exits 1 where any does.")
+    for name in ("first", "second"):
+        diff.add_argument(name, type=Path, help="checkpoint, stage, Hugging Face folder or Megatron-LM's files")
 
 
 def _add_report(commands: Any) -> None:
@@ -188,6 +219,7 @@ def parser() -> argparse.ArgumentParser:
         _add_generate,
         _add_score,
         _add_export,
+        _add_checkpoint,
         _add_report,
     ):
         add(commands)

@@ -25,20 +25,39 @@ class Tree(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class Source(Tree):
+class BaseModelSource(Tree):
     source: str
     """A Hugging Face Hub repository (`owner/name`) or a local folder."""
     revision: str = "main"
-    """Branch, tag or commit on the Hub. Ignored for a local folder."""
+    """Branch, tag or commit on the Hub, also `refs/pr/N`. Ignored for a local folder."""
 
 
-class LanguageModel(Source):
+Origins = str | tuple[str, ...]
+"""A Hub repository (`owner/name`, with `@revision` where it is not that of the source), a local folder or file, a URL, or
+several of these. A URL may end in `#sha256=...`, which is checked."""
+
+
+class Source(Tree):
+    source: Origins
+    """Where the data come from: a Hugging Face Hub data set (`owner/name`), a local folder or file, a URL, or a list of
+    these, whose files are joined in one folder. What begins with `/`, `./` or `~` is local."""
+    revision: str = "main"
+    """Branch, tag or commit on the Hub. Ignored for the rest."""
+
+    def folder(self, name: str) -> str:
+        """Name of the folder with the fetched files: as the repository or folder is called, or the data set `name`
+        where several parts or a URL make it up."""
+        single = isinstance(self.source, str) and "://" not in self.source
+        return Path(str(self.source)).name if single else name
+
+
+class LanguageModel(BaseModelSource):
     image_token: str
     """Token of the model's own vocabulary that stands for one image patch. A reserved control token keeps the
     embedding matrix at its size, so the trained model exports to stock `transformers` without a resize."""
 
 
-class VisionModel(Source):
+class VisionModel(BaseModelSource):
     feature_layer: int = Field(lt=0)
     """Which hidden state is projected, counted from the end: -1 is the last block's output, -2 the one before."""
 
@@ -104,7 +123,14 @@ class DataSet(Source):
     annotations: str
     """JSON file with a list of `{id, image, conversations}`, relative to the source."""
     images: str
-    """Folder that the `image` paths are relative to, relative to the source."""
+    """Folder that the `image` paths are relative to, relative to the source. A zip archive counts as the folder that it
+    would unpack to, so `images.zip` serves as well."""
+    image_sets: dict[str, Origins] = {}
+    """Pictures with a home of their own: below which part of `images` they belong, and where they come from. An empty
+    list leaves a set out."""
+    missing_images: Literal["stop", "drop"] = "stop"
+    """`drop` leaves out samples whose pictures are missing, counted by image set; `stop` refuses a missing set, and
+    counts single missing pictures under `max_rejected_share`."""
     validation_share: float = Field(ge=0, lt=1)
     """Share of the samples, drawn by seed, that goes to the validation split."""
     samples_per_shard: int = Field(gt=0)
@@ -226,12 +252,40 @@ class Mmmu(Source):
     """What an unparsable multiple-choice response counts as."""
 
 
+class Benchmark(Source):
+    """A short-answer benchmark; `vlm/benchmarks.py` knows the columns of its Hub repository."""
+
+    split: str
+    """Parquet files `<split>-*.parquet` are read."""
+    prompt: str
+    """User turn after the image, with `{question}`; also `{options}`, a line for each, where questions have some, and
+    for MathVista `{query}`, the question with a hint of what is asked for."""
+    prompt_multiple_choice: str | None = None
+    """The turn for questions with options, where it is another."""
+    max_new_tokens: int = Field(gt=0)
+
+
 class Evaluation(Tree):
     batch_size: int = Field(gt=0)
     """Prompts decoded together."""
     captions: Captions
     dialogue: Dialogue
     mmmu: Mmmu
+    vqav2: Benchmark | None = None
+    textvqa: Benchmark | None = None
+    chartqa: Benchmark | None = None
+    ai2d: Benchmark | None = None
+    realworldqa: Benchmark | None = None
+    docvqa: Benchmark | None = None
+    infovqa: Benchmark | None = None
+    mathvista: Benchmark | None = None
+    ocrbench: Benchmark | None = None
+    pope: Benchmark | None = None
+
+    @property
+    def benchmarks(self) -> dict[str, Benchmark]:
+        """The short-answer benchmarks that are to be run, by name."""
+        return {name: value for name in type(self).model_fields if isinstance(value := getattr(self, name), Benchmark)}
 
 
 class Miniature(Tree):
@@ -289,6 +343,11 @@ class Config(Tree):
                 )
         for name in self.stages:
             self.lineage(name)
+        if self.models.projector.hidden_size % self.parallel.tensor:
+            raise ValueError(
+                f"models.projector.hidden_size: {self.models.projector.hidden_size} is not a multiple of "
+                f"parallel.tensor {self.parallel.tensor}"
+            )
         return self
 
     @property

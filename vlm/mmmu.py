@@ -1,7 +1,7 @@
 """MMMU's questions as they are written, and what an answer to one says by the rules of MMMU's own evaluation.
 
-Published scores depend on these rules (`mmmu/utils/eval_utils.py`) to the letter, so their oddities are kept, each
-with a comment.
+Published scores depend on these rules (`mmmu/utils/eval_utils.py`, and `mmmu-pro/evaluate.py` for MMMU-Pro) to the
+letter, so their oddities are kept, each with a comment.
 """
 
 from __future__ import annotations
@@ -9,11 +9,16 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from vlm import files, tables
 
 MAX_IMAGES = 7
 """Columns image_1 to image_7 of a question."""
 MULTIPLE_CHOICE = "multiple-choice"
+ANSWERS = "answer_dict_val.json"
+"""MMMU's file of the answers, in its GitHub repository and not on the Hub."""
 
 PUNCTUATION = ",.!?;:'"
 KEY_PHRASES = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
@@ -50,6 +55,60 @@ def parse_options(value: Any, where: str) -> list[str]:
     return [str(option) for option in value or ()]
 
 
+def read_gold(path: Path, split: str = "validation") -> dict[str, dict[str, Any]]:
+    """Type and answer of each question, by id, in the form of MMMU's own file.
+
+    Args:
+        path: that file; or a folder that holds it; or a copy of the Hub's repository, a folder of one setting of
+            MMMU-Pro's, or a parquet file, whose columns hold the answers; or JSON lines or a list with `id` and
+            `answer`, such as MMMU-Pro's result files.
+        split: which parquet files of a folder to read.
+
+    Returns:
+        `{id: {"question_type": .., "ground_truth": ..}}`; MMMU-Pro's questions are all multiple-choice.
+
+    Raises:
+        ValueError: none of these, columns missing, or an id twice.
+    """
+    if path.is_dir() and (path / ANSWERS).is_file():
+        path = path / ANSWERS
+    if path.is_dir() or path.suffix == ".parquet":
+        rows = _parquet_rows(path, split)
+    else:
+        content = files.read_records(path)
+        if len(content) == 1 and "id" not in content[0]:
+            return content[0]
+        rows = [(path, row) for row in content]
+    gold: dict[str, dict[str, Any]] = {}
+    for where, row in rows:
+        name = row.get("id")
+        if not isinstance(name, str) or row.get("answer") is None:
+            raise ValueError(f"{where}: expected an id and an answer, found {name!r} and {row.get('answer')!r}")
+        if name in gold:
+            raise ValueError(f"{where}: {name} is there more than once; of MMMU-Pro, name the folder of one setting")
+        kind = row.get("question_type") or MULTIPLE_CHOICE
+        gold[name] = {"question_type": kind, "ground_truth": row["answer"]}
+        if kind != MULTIPLE_CHOICE and isinstance(row["answer"], str) and row["answer"].startswith("["):
+            gold[name]["ground_truth"] = parse_options(row["answer"], f"{where}: {name}")  # several are accepted
+    return gold
+
+
+def _parquet_rows(path: Path, split: str) -> list[tuple[Path, dict[str, Any]]]:
+    paths = [path]
+    if path.is_dir():
+        paths = sorted(path.glob(f"*/{split}-*.parquet")) or sorted(path.glob("*.parquet"))
+        if not paths:
+            raise ValueError(f"{path}: holds neither {ANSWERS} nor <Subject>/{split}-*.parquet")
+    rows = []
+    for one in paths:
+        there = tables.column_names(one)
+        if missing := [name for name in ("id", "answer") if name not in there]:
+            raise ValueError(f"{one}: columns {', '.join(missing)} are missing, is it MMMU's?")
+        wanted = [name for name in ("id", "answer", "question_type") if name in there]
+        rows += [(one, row) for row in tables.read_rows(one, wanted)]
+    return rows
+
+
 def parse_choice(response: str, choices: Sequence[str], options: Mapping[str, str]) -> str | None:
     """The letter a response chooses, or None where the official code draws one at random.
 
@@ -75,6 +134,37 @@ def parse_choice(response: str, choices: Sequence[str], options: Mapping[str, st
         if found:
             return max(found, key=last_positions.__getitem__)  # the first of equals
     return None
+
+
+def parse_choice_pro(response: str, choices: Sequence[str], options: Mapping[str, str]) -> str | None:
+    """The letter a response chooses by the rules of MMMU-Pro, or None where its code draws one at random.
+
+    What follows the last "Answer:" counts first, if it holds exactly one of the letters. Then as in `parse_choice`, but
+    any letter before a blank counts as standing alone, and one before a full stop after those.
+
+    Args:
+        response: text of the model.
+        choices: the letters, in order, up to ten.
+        options: text of each letter's option.
+    """
+    _, announced, answer = response.rpartition("Answer:")
+    if announced:
+        inside = [letter for letter in choices if letter in answer.strip()]  # also inside a word
+        if len(inside) == 1:
+            return inside[0]
+    for mark in PUNCTUATION:
+        response = response.strip(mark)
+    response = f" {response} "
+    for pattern, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
+        # Several are told apart by their last place with a blank before it, which one found without may not have.
+        last = {one: response.rfind(place.format(one)) for one in choices if pattern.format(one) in response}
+        if last:
+            return max(last, key=last.__getitem__)  # the first of equals
+    if len(response.split()) <= SHORT_RESPONSE_WORDS:
+        return None
+    lower = response.lower()
+    worded = {letter: lower.rfind(text.lower()) for letter, text in options.items() if text.lower() in lower}
+    return max(worded, key=worded.__getitem__, default=None)
 
 
 def parse_open(response: str) -> list[Normalised]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from evaluation_fixtures import write_coco, write_json, write_lines
 
@@ -64,10 +65,42 @@ def test_scores_equal_those_of_pycocoevalcap_without_java_and_without_torch(tmp_
     root = Path(__file__).resolve().parents[2]
     subprocess.run(command, check=True, cwd=root, env={"PATH": str(tmp_path), "PYTHONPATH": str(root)})
     score = json.loads((tmp_path / "s.json").read_text())
-    assert set(score) == {"metrics", "num_images"}
+    assert set(score) == {"metrics", "standard_errors", "num_images"}
     assert score["num_images"] == 3
     assert score["metrics"] == pytest.approx(expected, rel=1e-12)
     assert 0.1 < score["metrics"]["METEOR"] < 1 < score["metrics"]["CIDEr"]
+
+
+def test_standard_errors_are_those_of_leaving_one_image_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BLEU by scoring anew without each image; CIDEr, whose document frequencies are given, from the images' own."""
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+
+    monkeypatch.setattr(captions, "_meteor", lambda truth, guess: (0.5, [0.25, 0.5, 0.75, 0.5]))
+    references = REFERENCES | {11: ["a red dog", "a dog"]}
+    said = CAPTIONS | {11: "a green dog runs"}
+    metrics, errors = captions.measure(references, said)
+    with captions.java():
+        texts = captions.tokenise([text for image in references for text in [said[image], *references[image]]])
+    tokens = iter(texts)
+    guess, truth = {}, {}
+    for image in references:
+        guess[image] = [next(tokens)]
+        truth[image] = [next(tokens) for _ in references[image]]
+
+    def bleu(left_out: int) -> list[float]:
+        kept = [image for image in references if image != left_out]
+        kept_truth, kept_guess = ({image: part[image] for image in kept} for part in (truth, guess))
+        return list(Bleu(4).compute_score(kept_truth, kept_guess, verbose=0)[0])
+
+    left_out = np.array([bleu(image) for image in references])
+    jackknife = np.sqrt(3 / 4 * ((left_out - left_out.mean(axis=0)) ** 2).sum(axis=0))
+    assert [errors[f"Bleu_{n}"] for n in (1, 2, 3, 4)] == pytest.approx(list(jackknife), rel=1e-9)
+    value, values = Cider().compute_score(truth, guess)
+    assert metrics["CIDEr"] == value
+    assert errors["CIDEr"] == pytest.approx(np.std(values) / 2, rel=1e-12)
+    assert errors["METEOR"] == pytest.approx(np.std([0.25, 0.5, 0.75, 0.5]) / 2)
+    assert list(errors) == list(metrics)
 
 
 def test_generated_lines_read_as_a_results_list(tmp_path: Path) -> None:

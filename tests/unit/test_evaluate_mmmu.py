@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
-from evaluation_fixtures import write_json, write_lines
+from evaluation_fixtures import mmmu_row, write_json, write_lines, write_mmmu
 
+from vlm import mmmu as mmmu_rules
 from vlm.evaluate import mmmu
 from vlm.mmmu import normalise, open_is_correct, parse_choice, parse_open
 
@@ -111,6 +114,11 @@ EXPECTED = {
     "per_subject": {"Accounting": 0.0, "Art_Theory": 1.0, "Shapes": 1.0},
     "per_domain": {"Art and Design": 1.0, "Business": 0.0, "Other": 1.0},
     "num_fallback": 0,
+    "standard_errors": {
+        "accuracy": (0.75 * 0.25 / 4) ** 0.5,
+        "per_subject": {"Accounting": 0.0, "Art_Theory": 0.0, "Shapes": 0.0},
+        "per_domain": {"Art and Design": 0.0, "Business": 0.0, "Other": 0.0},
+    },
 }
 
 
@@ -135,6 +143,82 @@ def test_one_generated_line_is_a_record_and_not_final_answers(tmp_path: Path) ->
     lines = write_lines(tmp_path / "one.jsonl", raw({"validation_Accounting_1": "(A)"}))
     mmmu.score(write_json(tmp_path / "a.json", one), lines, tmp_path / "s.json")
     assert json.loads((tmp_path / "s.json").read_text())["accuracy"] == 1.0
+
+
+def test_answers_come_from_the_hubs_files_where_mmmus_own_is_not_there(tmp_path: Path) -> None:
+    rows = {mmmu.subject(name): [] for name in ANSWERS}
+    for name, answer in ANSWERS.items():
+        gold = answer["ground_truth"]
+        options = list(OPTIONS.values()) if answer["question_type"] == "multiple-choice" else []
+        written = str(gold) if isinstance(gold, list) and not options else gold  # several open answers: a list as text
+        rows[mmmu.subject(name)].append(mmmu_row(name, "What?", options, images=1, answer=written))
+    rows["Art_Theory"][0]["answer"] = "B"  # the Hub's files hold one letter
+    answers = write_mmmu(tmp_path / "hub", rows)
+    answers.unlink()
+    lines = write_lines(tmp_path / "lines.jsonl", raw(RESPONSES | {"validation_Art_Theory_2": "B"}))
+    for source in (tmp_path / "hub", tmp_path / "hub/Art_Theory"):
+        if source.name == "Art_Theory":
+            lines = write_lines(tmp_path / "lines.jsonl", raw({n: r for n, r in RESPONSES.items() if "Theory" in n}))
+        mmmu.score(source, lines, tmp_path / "score.json")
+        score = json.loads((tmp_path / "score.json").read_text())
+        assert score["per_subject"]["Art_Theory"] == (1.0 if source.name == "hub" else 0.5)
+    mmmu.score(tmp_path / "hub", write_lines(tmp_path / "all.jsonl", raw(RESPONSES)), tmp_path / "score.json")
+    assert json.loads((tmp_path / "score.json").read_text())["num_correct"] == 2
+    write_json(answers, ANSWERS)  # where it lies there, it counts
+    mmmu.score(tmp_path / "hub", tmp_path / "all.jsonl", tmp_path / "score.json")
+    assert json.loads((tmp_path / "score.json").read_text())["num_correct"] == 3
+    with pytest.raises(ValueError, match=r"holds neither answer_dict_val\.json nor <Subject>/test-\*\.parquet"):
+        mmmu_rules.read_gold(tmp_path, "test")
+
+
+TEN = [f"colour {letter}" for letter in "ABCDEFGHIJ"]
+
+
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        pytest.param("H", "H", id="letter-alone"),
+        pytest.param("Because of A.\nAnswer: J", "J", id="announced"),
+        pytest.param("Answer: B or C", "C", id="two-announced-so-the-last"),
+        pytest.param("Answer: Bed", "B", id="letter-inside-a-word"),
+        pytest.param("(A) and then (J)", "J", id="last-bracket"),
+        pytest.param("USA is red", "A", id="any-letter-before-a-blank"),
+        pytest.param("G. colour", "G", id="letter-before-a-stop"),
+        pytest.param("it is of the colour h it seems", "H", id="option-text-in-more-than-five-words"),
+        pytest.param("hm", None, id="none"),
+    ],
+)
+def test_choice_by_the_rules_of_mmmu_pro(response: str, letter: str | None) -> None:
+    letters = "ABCDEFGHIJ"
+    assert mmmu_rules.parse_choice_pro(response, letters, dict(zip(letters, TEN, strict=True))) == letter
+
+
+@pytest.mark.parametrize("setting", ["standard (10 options)", "vision"])
+def test_result_files_of_mmmu_pro(tmp_path: Path, setting: str) -> None:
+    names = [f"test_{subject}_{n}" for subject in ("History", "Music") for n in (1, 2)]
+    picture = {"image_1" if setting.startswith("standard") else "image": {"bytes": b"x", "path": None}}
+    rows = [{"id": name, "options": str(TEN), "answer": "J", "subject": "?"} | picture for name in names]
+    path = tmp_path / setting / "test-00000-of-00001.parquet"
+    path.parent.mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    responses = ["Answer: J", "(J)", "Answer: A", "hm"]
+    lines = [
+        {key: row[key] for key in ("id", "options", "answer", "subject")} | {"response": response}
+        for row, response in zip(rows, responses, strict=True)
+    ]
+    lines[1]["options"] = TEN  # a list as well as its text
+    predictions = write_lines(tmp_path / "model_vision_direct.jsonl", lines)
+    for answers in (path, path.parent, predictions):
+        mmmu.score(answers, predictions, tmp_path / "s.json", fallback="wrong", split="test")
+        score = json.loads((tmp_path / "s.json").read_text())
+        assert score["per_subject"] == {"History": 1.0, "Music": 0.0}
+        assert (score["num_correct"], score["num_fallback"]) == (2, 1)
+        assert score["per_domain"] == {"Art and Design": 0.0, "Humanities and Social Science": 1.0}
+    other = tmp_path / "standard (4 options)" / path.name
+    other.parent.mkdir()
+    other.write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match=r"test_History_1 is there more than once; of MMMU-Pro, name the folder"):
+        mmmu.score(tmp_path, predictions, tmp_path / "s.json", split="test")
 
 
 def test_fallback(tmp_path: Path) -> None:

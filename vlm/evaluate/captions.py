@@ -16,7 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vlm import coco, files
+from vlm.evaluate.judged import standard_error
 
 BLEU_ORDER = 4
 LINE_BREAKS = re.compile("[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
@@ -24,7 +28,9 @@ LINE_BREAKS = re.compile("[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
 
 
 def score(annotations: Path, predictions: Path, output: Path) -> None:
-    """Score predicted captions against COCO references and write `{"metrics": {..}, "num_images": n}`.
+    """Score predicted captions against COCO references.
+
+    Writes `{"metrics": {..}, "standard_errors": {..}, "num_images": n}`.
 
     Args:
         annotations: COCO captions file, `annotations[].image_id` and `.caption`.
@@ -40,7 +46,8 @@ def score(annotations: Path, predictions: Path, output: Path) -> None:
     empty = [image for image, caption in captions.items() if not caption.strip()]
     if empty:
         print(f"{predictions}: {len(empty)} captions are empty, first image_id {empty[0]}", file=sys.stderr)
-    files.write_json(output, {"metrics": metrics(references, captions), "num_images": len(captions)})
+    metrics, standard_errors = measure(references, captions)
+    files.write_json(output, {"metrics": metrics, "standard_errors": standard_errors, "num_images": len(captions)})
 
 
 def read_predictions(path: Path) -> dict[coco.ImageId, str]:
@@ -69,12 +76,17 @@ def _same_images(references: dict[Any, Any], captions: dict[Any, Any], annotatio
         )
 
 
-def metrics(references: dict[Any, list[str]], captions: dict[Any, str]) -> dict[str, float]:
-    """CIDEr, Bleu_1 to Bleu_4, METEOR and ROUGE_L as fractions, in the order of the report.
+def measure(references: dict[Any, list[str]], captions: dict[Any, str]) -> tuple[dict[str, float], dict[str, float]]:
+    """CIDEr, Bleu_1 to Bleu_4, METEOR and ROUGE_L as fractions, in the order of the report, and their standard errors.
+
+    The errors take the images for independent draws and the references for given, so CIDEr's document frequencies do
+    not change with the draw. CIDEr and ROUGE_L are means over images, whose error is that of a mean (what a bootstrap
+    over images tends to). BLEU is a ratio of sums over images, whose error is the jackknife's: the spread of the score
+    with one image left out. METEOR is one too, but its Java program keeps the sums to itself; its error is that of the
+    mean of the images' own scores.
 
     The keys of both arguments must be the same images.
     """
-    from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
@@ -85,12 +97,46 @@ def metrics(references: dict[Any, list[str]], captions: dict[Any, str]) -> dict[
         tokens, said = iter(flat[: sum(counts)]), iter(flat[sum(counts) :])
         truth = {image: [next(tokens) for _ in range(count)] for image, count in zip(images, counts, strict=True)}
         guess = {image: [next(said)] for image in images}
-        meteor = _meteor(truth, guess)
-    bleu, _ = Bleu(BLEU_ORDER).compute_score(truth, guess, verbose=0)
-    cider, _ = Cider().compute_score(truth, guess)
-    rouge, _ = Rouge().compute_score(truth, guess)
-    named = {"CIDEr": cider, **{f"Bleu_{n}": value for n, value in enumerate(bleu, 1)}}
-    return {name: float(value) for name, value in (named | {"METEOR": meteor, "ROUGE_L": rouge}).items()}
+        meteor, meteors = _meteor(truth, guess)
+    bleu, bleu_errors = _bleu(truth, guess)
+    cider, ciders = Cider().compute_score(truth, guess)
+    rouge, rouges = Rouge().compute_score(truth, guess)
+    names = ("CIDEr", *(f"Bleu_{n}" for n in range(1, BLEU_ORDER + 1)), "METEOR", "ROUGE_L")
+    values = (cider, *bleu, meteor, rouge)
+    errors = (standard_error(ciders), *bleu_errors, standard_error(meteors), standard_error(rouges))
+    return dict(zip(names, map(float, values), strict=True)), dict(zip(names, map(float, errors), strict=True))
+
+
+def _bleu(truth: dict[Any, list[str]], guess: dict[Any, list[str]]) -> tuple[list[float], list[float]]:
+    """BLEU-1 to BLEU-4 and their standard errors by the jackknife."""
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+
+    scorer = BleuScorer(n=BLEU_ORDER)
+    for image, texts in truth.items():
+        scorer += (guess[image][0], texts)
+    values, _ = scorer.compute_score(option="closest", verbose=0)
+    counts_N10 = np.array([[*one["correct"], *one["guess"], *_lengths(one)] for one in scorer.ctest])
+    left_out_N4 = _bleu_of(counts_N10.sum(axis=0) - counts_N10)
+    num_images = len(counts_N10)
+    return values, list(np.sqrt((num_images - 1) * left_out_N4.var(axis=0)))
+
+
+def _lengths(image: dict[str, Any]) -> tuple[int, int]:
+    """Words said, and words of the reference nearest to it in length, the shorter of equals."""
+    said = image["testlen"]
+    return said, min((abs(length - said), length) for length in image["reflen"])[1]
+
+
+def _bleu_of(sums_N10: NDArray[np.int64]) -> NDArray[np.float64]:
+    """BLEU-1 to BLEU-4 of sums over images: n-grams found and said of each order, words said and of the references.
+
+    The small terms that keep it from dividing by zero are those of pycocoevalcap's scorer.
+    """
+    small, tiny = 1e-9, 1e-15
+    found, said = sums_N10[:, :BLEU_ORDER], sums_N10[:, BLEU_ORDER : 2 * BLEU_ORDER]
+    precision = np.cumprod((found + tiny) / (said + small), axis=1) ** (1 / np.arange(1, BLEU_ORDER + 1))
+    ratio = (sums_N10[:, -2:-1] + tiny) / (sums_N10[:, -1:] + small)
+    return precision * np.exp(np.minimum(0, 1 - 1 / ratio))
 
 
 @contextmanager
@@ -138,12 +184,13 @@ def tokenise(captions: Sequence[str]) -> list[str]:
     return [" ".join(word for word in line.rstrip().split(" ") if word not in dropped) for line in lines]
 
 
-def _meteor(truth: dict[Any, list[str]], guess: dict[Any, list[str]]) -> float:
+def _meteor(truth: dict[Any, list[str]], guess: dict[Any, list[str]]) -> tuple[float, list[float]]:
+    """METEOR of all images together, and of each."""
     from pycocoevalcap.meteor.meteor import Meteor
 
     scorer = Meteor()
     try:
-        value, _ = scorer.compute_score(truth, guess)
+        value, values = scorer.compute_score(truth, guess)
     except (ValueError, OSError) as error:  # the Java process answered something else, or ended
         raise RuntimeError(f"METEOR's Java process failed: {error}") from None
-    return float(value)
+    return float(value), [float(one) for one in values]

@@ -1,7 +1,8 @@
-"""MMMU accuracy from the three forms in which people keep predictions, scored as MMMU's own scripts do.
+"""MMMU accuracy from the forms in which people keep predictions, scored as MMMU's own scripts do.
 
 `main_eval_only.py` of MMMU scores final answers, `main_parse_and_eval.py` raw responses; both skip what is missing.
-Here every question must be answered and every answer must have its question.
+`mmmu-pro/evaluate.py` scores MMMU-Pro's result files. Here every question must be answered and every answer must have
+its question.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, Literal
 
 from vlm import files, mmmu
+from vlm.evaluate.answers import same_ids
+from vlm.evaluate.judged import standard_error
 
 Fallback = Literal["first", "random", "wrong"]
 
@@ -59,30 +63,37 @@ class Prediction:
     """Whether `text` is already a letter, and not a response to find one in."""
     choices: tuple[str, ...] = ()
     options: Mapping[str, str] | None = None
+    pro: bool = False
+    """Whether the rules of MMMU-Pro read the response: its result files hold `options`, MMMU's `index2ans`."""
 
 
-def score(answers: Path, predictions: Path, output: Path, fallback: Fallback = "random", seed: int = 0) -> None:
+def score(
+    answers: Path,
+    predictions: Path,
+    output: Path,
+    fallback: Fallback = "random",
+    seed: int = 0,
+    split: str = "validation",
+) -> None:
     """Score predictions and write accuracies as fractions, overall, per subject and per domain.
 
     Args:
-        answers: MMMU's `answer_dict_val.json`.
-        predictions: `{id: answer}`, or raw responses as a JSON list, JSON lines or a folder of `<Subject>/output.json`.
-        output: JSON with `accuracy, num_correct, num_questions, per_subject, per_domain, num_fallback`.
+        answers: MMMU's `answer_dict_val.json`, or whatever else `vlm.mmmu.read_gold` reads, such as a copy of the
+            Hub's repository or one setting's folder of MMMU-Pro's.
+        predictions: `{id: answer}`, or raw responses as a JSON list, JSON lines or a folder of `<Subject>/output.json`;
+            or MMMU-Pro's result file, JSON lines with `options` and `response`, for either of its settings.
+        output: JSON with `accuracy, num_correct, num_questions, per_subject, per_domain, num_fallback` and
+            `standard_errors` of the accuracies.
         fallback: what a multiple-choice response without a letter becomes: the first option, one drawn by `seed` in the
             order of the predictions (as MMMU does), or a wrong answer.
+        split: which parquet files of a folder hold the answers.
 
     Raises:
         ValueError: a broken file, an id twice, or ids on one side only.
     """
-    questions = read_answers(answers)
+    questions = read_answers(answers, split)
     predicted = read_predictions(predictions)
-    if unknown := [name for name in predicted if name not in questions]:
-        raise ValueError(f"{predictions}: {len(unknown)} ids are not in {answers}: {_some(unknown)}")
-    if missing := [name for name in questions if name not in predicted]:
-        raise ValueError(
-            f"{predictions}: {len(missing)} of the {len(questions)} questions in {answers} have no prediction: "
-            f"{_some(missing)}"
-        )
+    same_ids(predicted, questions, str(predictions), str(answers))
     draw = _drawer(fallback, seed)
     num_fallback = 0
     correct: dict[str, bool] = {}
@@ -95,7 +106,8 @@ def score(answers: Path, predictions: Path, output: Path, fallback: Fallback = "
         if not prediction.parsed:
             if not prediction.choices or prediction.options is None:
                 raise ValueError(f"{predictions}: {name} is multiple-choice and lacks `all_choices` or `index2ans`")
-            choice = mmmu.parse_choice(prediction.text, prediction.choices, prediction.options)
+            parse = mmmu.parse_choice_pro if prediction.pro else mmmu.parse_choice
+            choice = parse(prediction.text, prediction.choices, prediction.options)
             if choice is None:
                 num_fallback += 1
                 choice = draw(prediction.choices)
@@ -114,7 +126,11 @@ def _drawer(fallback: Fallback, seed: int) -> Callable[[tuple[str, ...]], str | 
 
 
 def summary(correct: Mapping[str, bool]) -> dict[str, Any]:
-    """Accuracies as fractions of the questions, overall, per subject and per domain, keyed by question id."""
+    """Accuracies as fractions of the questions with their binomial standard errors, overall, per subject and domain.
+
+    Args:
+        correct: whether each question, by its id, was answered right.
+    """
     by_subject: dict[str, list[bool]] = defaultdict(list)
     for name, right in correct.items():
         by_subject[subject(name)].append(right)
@@ -129,6 +145,11 @@ def summary(correct: Mapping[str, bool]) -> dict[str, Any]:
         "num_questions": len(correct),
         "per_subject": {one: _share(by_subject[one]) for one in sorted(by_subject)},
         "per_domain": {domain: _share(rights) for domain, rights in by_domain.items() if rights},
+        "standard_errors": {
+            "accuracy": standard_error(list(correct.values())),
+            "per_subject": {one: standard_error(by_subject[one]) for one in sorted(by_subject)},
+            "per_domain": {domain: standard_error(rights) for domain, rights in by_domain.items() if rights},
+        },
     }
 
 
@@ -148,15 +169,15 @@ def subject(name: str) -> str:
     return "_".join(parts[1:-1])
 
 
-def read_answers(path: Path) -> dict[str, Question]:
-    """Questions of MMMU's `answer_dict_val.json`: `{id: {"question_type", "ground_truth"}}`.
+def read_answers(path: Path, split: str = "validation") -> dict[str, Question]:
+    """Questions of MMMU's `answer_dict_val.json`, `{id: {"question_type", "ground_truth"}}`, or of what replaces it.
 
     Raises:
         ValueError: the file is not of that form.
     """
-    content = files.read_json(path)
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path}: expected an object of questions by id, found {type(content).__name__}")
+    content = mmmu.read_gold(path, split)
+    if not content:
+        raise ValueError(f"{path}: expected an object of questions by id, found none")
     questions = {}
     for name, entry in content.items():
         subject(name)
@@ -196,10 +217,15 @@ def _raw(records: Iterable[tuple[Path, dict[str, Any]]]) -> dict[str, Prediction
         if name in predictions:
             raise ValueError(f"{path}: {name} is answered more than once")
         choices, options = record.get("all_choices") or [], record.get("index2ans") or {}
+        pro = "options" in record and not choices
+        if pro:
+            listed = mmmu.parse_options(record["options"], f"{path}: {name}")
+            options = dict(zip(ascii_uppercase, listed, strict=False))
+            choices = list(options)
         if not isinstance(choices, list) or not isinstance(options, dict):
             raise ValueError(f"{path}: {name} needs a list under `all_choices` and an object under `index2ans`")
         texts = {letter: str(text) for letter, text in options.items()}
-        predictions[name] = Prediction(response, False, tuple(map(str, choices)), texts or None)
+        predictions[name] = Prediction(response, False, tuple(map(str, choices)), texts or None, pro)
     return predictions
 
 
@@ -209,7 +235,3 @@ def _answer(value: Any, where: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     raise ValueError(f"{where}: expected a string or a number, found {value!r}")
-
-
-def _some(names: list[str], shown: int = 5) -> str:
-    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")

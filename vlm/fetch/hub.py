@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,13 +22,20 @@ TWINS = ("consolidated*.safetensors",)
 """The same weights once more, in the layout of Mistral's own programs: 14.5 GB that nothing here reads."""
 
 
-def fetch(source: str, out: Path, revision: str = "main", kind: Literal["model", "dataset"] = "model") -> None:
+def fetch(
+    source: str,
+    out: Path,
+    revision: str = "main",
+    kind: Literal["model", "dataset"] = "model",
+    include: Sequence[str] = (),
+) -> None:
     """Make the folder `out` of links to the files of `source`; archives of a data set are unpacked in it.
 
     Args:
         source: folder on this machine, or `owner/name` on the Hub.
         revision: branch, tag or commit on the Hub; ignored for a folder.
         kind: of a model only the files in MODEL_FILES are taken, and it must have `config.json` and safetensors.
+        include: patterns of the files to download of a data set on the Hub, such as `data/test-*`; none for all.
 
     Raises:
         ValueError: no such repository or revision, no access to it, a model that cannot be read safely, or a broken
@@ -35,7 +43,7 @@ def fetch(source: str, out: Path, revision: str = "main", kind: Literal["model",
         FileNotFoundError: the Hub cannot be reached and its cache does not hold the repository.
     """
     local = Path(source).expanduser()
-    folder = local.resolve() if local.is_dir() else _download(source, revision, kind)
+    folder = local.resolve() if local.is_dir() else _download(source, revision, kind, include)
     patterns = MODEL_FILES if kind == "model" else ("*",)
     entries = sorted(
         entry
@@ -72,14 +80,14 @@ def _check_model(source: str, folder: Path, names: set[str]) -> None:
         )
 
 
-def _download(source: str, revision: str, kind: Literal["model", "dataset"]) -> Path:
+def _download(source: str, revision: str, kind: Literal["model", "dataset"], include: Sequence[str]) -> Path:
     """Folder of the repository in the Hub's cache."""
     from huggingface_hub import constants, errors, snapshot_download
 
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ValueError(f"{source}: there is no such folder, and it is not a Hub repository `owner/name` either")
     where = f"{source} (revision {revision}) on {constants.ENDPOINT}"
-    patterns, ignored = (list(MODEL_FILES), list(TWINS)) if kind == "model" else (None, None)
+    patterns, ignored = (list(MODEL_FILES), list(TWINS)) if kind == "model" else (list(include) or None, None)
     try:
         return Path(
             snapshot_download(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from vlm import coco
-from vlm.config import Captions, Config, Dialogue, Mmmu
+from vlm import benchmarks, coco, tables
+from vlm.config import Benchmark, Captions, Config, Dialogue, Mmmu
 from vlm.mmmu import MAX_IMAGES, MULTIPLE_CHOICE, parse_options
 from vlm.prompt import IMAGE_TAG
 
@@ -27,11 +27,21 @@ class Item:
     """The user's turn, with one `<image>` per picture."""
     image: str | list[str]
     """Name of the picture, or of each."""
-    pictures: tuple[bytes | Path, ...]
+    pictures: tuple[bytes | Path | tables.Picture, ...]
     record: dict[str, Any] = field(default_factory=dict)
     """What else is written beside the response, so that the file can be scored."""
     follow_ups: tuple[str, ...] = ()
     """User turns after the first, each asked when the one before it is answered. As many for all items of a task."""
+    part: int = 0
+    """Which part of the data its pictures are in; items are asked part by part, so that each part is read once."""
+
+    def opened(self) -> list[bytes | Path]:
+        """The pictures as something to decode; those inside tables are read now.
+
+        Raises:
+            ValueError: a table holds no picture where one should be.
+        """
+        return [one.read() if isinstance(one, tables.Picture) else one for one in self.pictures]
 
 
 Turn = dict[str, str]
@@ -49,7 +59,7 @@ def _conversation(conversation: Sequence[Turn]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Task:
     read: Callable[[Config, Path], list[Item]]
-    settings: Callable[[Config], Captions | Dialogue | Mmmu]
+    settings: Callable[[Config], Captions | Dialogue | Mmmu | Benchmark]
     said: Callable[[Sequence[Turn]], dict[str, Any]] = _response
     """What a line holds of the questions and answers."""
 
@@ -122,9 +132,6 @@ def read_mmmu(config: Config, source: Path) -> list[Item]:
     Raises:
         ValueError: no file, another schema, an id twice, or a question whose markers and pictures do not fit.
     """
-    import pyarrow.parquet as parquet
-    from pyarrow.lib import ArrowInvalid
-
     test = config.evaluation.mmmu
     paths = sorted(source.glob(f"*/{test.split}-*.parquet"))
     if not paths:
@@ -132,17 +139,13 @@ def read_mmmu(config: Config, source: Path) -> list[Item]:
     images = [f"image_{number}" for number in range(1, MAX_IMAGES + 1)]
     items = []
     for path in paths:
-        try:
-            table = parquet.read_table(path)
-        except (ArrowInvalid, OSError) as error:
-            raise ValueError(f"{path}: not a parquet file: {error}") from None
-        if missing := {"id", "question", "options", "question_type", "image_1"} - set(table.column_names):
+        there = tables.column_names(path)
+        if missing := {"id", "question", "options", "question_type", "image_1"} - set(there):
             raise ValueError(f"{path}: columns {', '.join(sorted(missing))} are missing, is it MMMU's?")
         wanted = {"id", "question", "options", "question_type", "answer", *images}
-        rows = table.select([name for name in table.column_names if name in wanted]).to_pylist()
+        rows = tables.read_rows(path, [name for name in there if name in wanted])
         items += [_question(row, test, path) for row in rows]
-    if twice := [name for name, count in Counter(item.id for item in items).items() if count > 1]:
-        raise ValueError(f"{source}: {len(twice)} ids occur more than once, first {twice[0]}")
+    benchmarks.refuse_twins([str(item.id) for item in items], str(source))
     return items
 
 
@@ -157,7 +160,7 @@ def _question(row: Mapping[str, Any], test: Mmmu, path: Path) -> Item:
     if choice and not 2 <= len(options) <= len(ascii_uppercase):
         raise ValueError(f"{where}: a multiple-choice question with {len(options)} options")
     letters = list(ascii_uppercase[: len(options)]) if choice else []
-    listed = "\n".join(f"({letter}) {option}" for letter, option in zip(letters, options, strict=False))
+    listed = _listed(options if choice else [], "({}) {}")
     key = "prompt_multiple_choice" if choice else "prompt_open"
     text = _fill(getattr(test, key), f"evaluation.mmmu.{key}", question=row["question"].strip(), options=listed)
     there = [n for n in range(1, MAX_IMAGES + 1) if (row.get(f"image_{n}") or {}).get("bytes")]
@@ -176,11 +179,56 @@ def _question(row: Mapping[str, Any], test: Mmmu, path: Path) -> Item:
     return Item(row["id"], prompt, names, tuple(row[f"image_{number}"]["bytes"] for number in shown), record)
 
 
+def _listed(options: Sequence[str], line: str) -> str:
+    return "\n".join(line.format(letter, option) for letter, option in zip(ascii_uppercase, options, strict=False))
+
+
 def _fill(template: str, key: str, **texts: str) -> str:
     try:
         return template.format(**texts)
     except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"{key}: cannot be filled ({error}), allowed are {{question}} and {{options}}") from None
+        *others, last = (f"{{{name}}}" for name in texts)
+        raise ValueError(f"{key}: cannot be filled ({error}), allowed are {', '.join(others)} and {last}") from None
+
+
+def read_benchmark(name: str, config: Config, source: Path) -> list[Item]:
+    """Every question of a short-answer benchmark; the pictures stay in the files until they are shown.
+
+    Args:
+        name: key of `vlm.benchmarks.BENCHMARKS`, and of the section under `evaluation`.
+        source: a copy of the Hub's repository.
+
+    Raises:
+        ValueError: no file, another schema, an id twice, more options than letters, or a broken template.
+    """
+    test = benchmark_settings(name, config)
+    found = benchmarks.read_to_ask(source, name, test.split)
+    parts = {place: part for part, place in enumerate(dict.fromkeys((p.path, p.row_group) for _, p in found))}
+    items = []
+    for question, picture in found:
+        if len(question.options) > len(ascii_uppercase):
+            raise ValueError(f"{picture.path}: question {question.id} has {len(question.options)} options")
+        multiple = bool(question.options) and test.prompt_multiple_choice is not None
+        key = "prompt_multiple_choice" if multiple else "prompt"
+        texts = {"question": question.text, "options": _listed(question.options, "{}. {}")}
+        if "query" in question.details:
+            texts["query"] = str(question.details["query"] or "").removeprefix("Hint: ")
+        prompt = f"{IMAGE_TAG}\n{_fill(getattr(test, key), f'evaluation.{name}.{key}', **texts)}"
+        where = f"{picture.path.name}:{picture.row_group}:{picture.row}"
+        part = parts[picture.path, picture.row_group]
+        items.append(Item(question.id, prompt, where, (picture,), part=part))
+    return items
+
+
+def benchmark_settings(name: str, config: Config) -> Benchmark:
+    """The section of a benchmark.
+
+    Raises:
+        ValueError: the configuration has none.
+    """
+    if name not in config.evaluation.benchmarks:
+        raise ValueError(f"evaluation.{name}: is not set, so there is nothing to ask; config/benchmarks.yaml has it")
+    return config.evaluation.benchmarks[name]
 
 
 TASKS = {
@@ -188,4 +236,7 @@ TASKS = {
     "captions_shuffled": Task(read_captions_shuffled, lambda config: config.evaluation.captions),
     "dialogue": Task(read_dialogue, lambda config: config.evaluation.dialogue, _conversation),
     "mmmu": Task(read_mmmu, lambda config: config.evaluation.mmmu),
+} | {
+    name: Task(functools.partial(read_benchmark, name), functools.partial(benchmark_settings, name))
+    for name in benchmarks.BENCHMARKS
 }

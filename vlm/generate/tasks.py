@@ -36,11 +36,11 @@ def generate(config: Path, checkpoint: Path, task: str, source: Path, out: Path)
     Args:
         config: resolved settings; `evaluation` has prompts, lengths and the batch size.
         checkpoint: Megatron checkpoint, folder of a stage, or exported folder.
-        task: `captions`, `captions_shuffled` (the same prompts with the pictures shuffled), `dialogue` or `mmmu`.
+        task: `captions`, `captions_shuffled` (the same prompts with the pictures shuffled), `dialogue`, `mmmu` or a
+            short-answer benchmark of `vlm.benchmarks.BENCHMARKS` that the settings have a section for.
         source: folder of the evaluation data.
         out: JSON lines `{"id", "image", "prompt", "response", ...}` in the order of the task, which
-            `vlm score captions` and `vlm score mmmu` read; for `dialogue` `{"id", "image", "conversation"}`, which
-            `vlm report gallery` reads.
+            `vlm score` reads; for `dialogue` `{"id", "image", "conversation"}`, which `vlm report gallery` reads.
 
     Raises:
         ValueError: broken settings, data or checkpoint, or lines in `out` that are no answers.
@@ -133,19 +133,19 @@ def _answer(
     max_new_tokens: int,
     task: str,
 ) -> Iterator[Record]:
-    """Records of the items that are not done, longest prompts first, so that batches pad little.
+    """Records of the items that are not done, part by part and longest prompts first, so that batches pad little.
 
     Batches are cut from all items alike, so that an interrupted run goes on with the batches of an undisturbed one.
     """
     lengths = [len(model.prompter.generation(item.prompt, len(item.pictures), key=str(item.id))) for item in items]
-    order = sorted(range(len(items)), key=lambda index: (-lengths[index], index))
+    order = sorted(range(len(items)), key=lambda index: (items[index].part, -lengths[index], index))
     batches = [
         [items[index] for index in order[start : start + batch_size]] for start in range(0, len(order), batch_size)
     ]
     batches = [batch for batch in batches if any(item.id not in done for item in batch)]
 
     def prepare(batch: list[Item]) -> list[Prompt]:
-        return [model.prompt(item.prompt, item.pictures, str(item.id)) for item in batch]
+        return [model.prompt(item.prompt, item.opened(), str(item.id)) for item in batch]
 
     with ThreadPoolExecutor(1) as loader, tqdm(total=len(items), initial=len(done), desc=task, unit="item") as progress:
         ahead = loader.submit(prepare, batches[0])
@@ -173,7 +173,7 @@ def _converse(
             for conversation, item in zip(said, batch, strict=True):
                 conversation.append(_turn("human", item.follow_ups[turn - 1]))
             prompts = [
-                model.prompt(conversation, item.pictures, str(item.id))
+                model.prompt(conversation, item.opened(), str(item.id))
                 for conversation, item in zip(said, batch, strict=True)
             ]
         for conversation, answer in zip(said, model.answer(prompts, max_new_tokens), strict=True):

@@ -20,7 +20,6 @@ MARKER = re.compile(r"<image( \d)?>\s*")
 WORD = re.compile(r"\w+|\W+")
 
 NOTHING = '<span class="nothing">nothing</span>'
-ANSWERS = "answer_dict_val.json"
 
 Record = dict[str, Any]
 Gold = str | list[str]
@@ -169,12 +168,12 @@ def _card(pictures: Sequence[str], words: str) -> str:
 
 
 def _questions(test: Mmmu, source: Path, said: Said, labels: Mapping[str, str]) -> list[str]:
-    gold = files.read_json(source / ANSWERS)
+    gold = mmmu.read_gold(source, test.split)
     rows = _read_questions(test, source)
     cards = []
     for row in rows:
         if row["id"] not in gold:
-            raise ValueError(f"{source / ANSWERS}: has no answer to {row['id']}")
+            raise ValueError(f"{source / mmmu.ANSWERS}: has no answer to {row['id']}")
         answers = _answers(said, row["id"], source)
         cards.append(_question(row, gold[row["id"]]["ground_truth"], answers, labels))
     return [

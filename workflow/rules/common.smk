@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from vlm.benchmarks import BENCHMARKS as TABLES
 from vlm.config import COMBINED, OBSERVING, Stage, dump, validate
 
 try:
@@ -30,7 +31,8 @@ LAST_STAGE = STAGES[-1]
 MODELS = [COMBINED, *STAGES]
 PARTS = ("language", "vision")
 EVALUATIONS = {"captions": CONFIG.evaluation.captions, "mmmu": CONFIG.evaluation.mmmu}
-SOURCES = {**CONFIG.data.sets, **EVALUATIONS}
+BENCHMARKS = CONFIG.evaluation.benchmarks
+SOURCES = {**CONFIG.data.sets, **EVALUATIONS, **BENCHMARKS}
 ON_THE_WAY = 5
 """Priority of what training waits for; evaluation (0) fills the cores that are left."""
 SAMPLING = ("image_resize", "shuffle_buffer", "packing_buffer")
@@ -40,7 +42,7 @@ CAPTION_SET = next(iter(CONFIG.stages[STAGES[0]].data))
 wildcard_constraints:
     stage="|".join(STAGES),
     model="|".join(MODELS),
-    task="captions|captions_shuffled|dialogue|mmmu",
+    task="|".join(["captions", "captions_shuffled", "dialogue", "mmmu", *BENCHMARKS]),
     control="random|nearest",
 
 
@@ -73,6 +75,19 @@ def settings(*keys):
 def source_folder(name):
     """Where the data set `name` lies, named as its source is. The miniature's are rendered there in the same layout."""
     return f"{RESULTS}/sources/{Path(SOURCES[name].source).name}"
+
+
+def origin(name):
+    """What data sets have in common that share a folder."""
+    return SOURCES[name].source, SOURCES[name].revision
+
+
+def included_files(names):
+    """Options of `vlm fetch` that leave out what none of the data sets `names` reads; none where one reads it all."""
+    if not all(name in BENCHMARKS for name in names):
+        return ""
+    wanted = [f"{TABLES[name].folder}/{BENCHMARKS[name].split}-*" for name in names]
+    return " ".join(f"--include {shlex.quote(pattern)}" for pattern in wanted)
 
 
 def local_files(source):
@@ -121,7 +136,7 @@ def rendering_settings():
 
 def evaluation_of(wildcards):
     """The section of `evaluation` whose data a task reads."""
-    return "mmmu" if wildcards.task == "mmmu" else "captions"
+    return wildcards.task if wildcards.task in {"mmmu", *BENCHMARKS} else "captions"
 
 
 def task_settings(wildcards):
@@ -147,12 +162,12 @@ def launcher():
 
 def check_names():
     """Refuse names that would put two data sets in one folder."""
-    for name in sorted(set(CONFIG.data.sets) & set(EVALUATIONS)):
+    for name in sorted(set(CONFIG.data.sets) & {*EVALUATIONS, *BENCHMARKS}):
         raise WorkflowError(f"data.sets.{name}: the name is taken by evaluation.{name}")
     owners = {}
     for name in SOURCES:
         folder = source_folder(name)
-        if folder in owners:
+        if folder in owners and origin(owners[folder]) != origin(name):
             raise WorkflowError(
                 f"the sources of {owners[folder]!r} and {name!r} have the same last name; both would be in {folder}"
             )

@@ -1,9 +1,11 @@
 # Steps 5-7 and 9: the data sets, their WebDataset shards and the Energon index.
+RENDERED = {**CONFIG.data.sets, **EVALUATIONS} if CONFIG.miniature else {}
+
 if CONFIG.miniature:
 
     rule tiny_data:
         output:
-            [directory(source_folder(name)) for name in SOURCES],
+            [directory(source_folder(name)) for name in RENDERED],
         log:
             "<logs>/data/tiny.log",
         benchmark:
@@ -18,25 +20,33 @@ if CONFIG.miniature:
         shell:
             "vlm tiny data --config {params.config} --out {params.out} > {log} 2>&1"
 
-else:
-    for name, origin in SOURCES.items():
 
-        rule:
-            name:
-                f"fetch_{name}_data"
-            output:
-                directory(source_folder(name)),
-            log:
-                f"<logs>/fetch/{name}.log",
-            benchmark:
-                f"<benchmarks>/fetch/{name}.tsv"
-            params:
-                source=origin.source,
-                revision=origin.revision,
-            message:
-                f"Fetching the data of {name} from {origin.source}"
-            shell:
-                "vlm fetch {params.source:q} {output} --revision {params.revision:q} --kind dataset > {log} 2>&1"
+# Data sets of one source share its folder. Of a benchmark's repository only the files of its split are needed.
+FETCHED = {}
+for name in SOURCES:
+    if name not in RENDERED:
+        FETCHED.setdefault(source_folder(name), []).append(name)
+
+for folder, names in FETCHED.items():
+
+    rule:
+        name:
+            f"fetch_{names[0]}_data"
+        output:
+            directory(folder),
+        log:
+            f"<logs>/fetch/{names[0]}.log",
+        benchmark:
+            f"<benchmarks>/fetch/{names[0]}.tsv"
+        params:
+            source=SOURCES[names[0]].source,
+            revision=SOURCES[names[0]].revision,
+            include=included_files(names),
+        message:
+            f"Fetching the data of {' and '.join(names)} from {SOURCES[names[0]].source}"
+        shell:
+            "vlm fetch {params.source:q} {output} --revision {params.revision:q} --kind dataset {params.include} "
+            "> {log} 2>&1"
 
 
 for name in CONFIG.data.sets:

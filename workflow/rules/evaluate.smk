@@ -8,6 +8,7 @@ CAPTION_SCORES = expand(
     control=["random", "nearest", "reference"],
 )
 MMMU_SCORES = expand("<results>/scores/{model}/mmmu.json", model=MODELS)
+BENCHMARK_SCORES = {name: expand(f"<results>/scores/{{model}}/{name}.json", model=MODELS) for name in BENCHMARKS}
 
 
 rule generate:
@@ -63,13 +64,37 @@ rule score_mmmu:
     benchmark:
         "<benchmarks>/scores/{model}_mmmu.tsv"
     params:
+        split=CONFIG.evaluation.mmmu.split,
         fallback=CONFIG.evaluation.mmmu.fallback,
         seed=CONFIG.seed,
     message:
         "Scoring mmmu of the model {wildcards.model}"
     shell:
-        "vlm score mmmu --answers {input.source}/answer_dict_val.json --predictions {input.predictions} "
+        "vlm score mmmu --answers {input.source} --split {params.split:q} --predictions {input.predictions} "
         "--fallback {params.fallback} --seed {params.seed} --output {output} > {log} 2>&1"
+
+
+if BENCHMARKS:
+
+    rule score_benchmark:
+        input:
+            predictions="<results>/generate/{model}/{benchmark}.jsonl",
+            source=lambda wildcards: source_folder(wildcards.benchmark),
+        output:
+            "<results>/scores/{model}/{benchmark}.json",
+        log:
+            "<logs>/scores/{model}_{benchmark}.log",
+        benchmark:
+            "<benchmarks>/scores/{model}_{benchmark}.tsv"
+        wildcard_constraints:
+            benchmark="|".join(BENCHMARKS),
+        params:
+            split=lambda wildcards: BENCHMARKS[wildcards.benchmark].split,
+        message:
+            "Scoring {wildcards.benchmark} of the model {wildcards.model}"
+        shell:
+            "vlm score {wildcards.benchmark} --annotations {input.source} --split {params.split:q} "
+            "--predictions {input.predictions} --output {output} > {log} 2>&1"
 
 
 rule control:
@@ -154,6 +179,7 @@ rule table:
     input:
         CAPTION_SCORES,
         MMMU_SCORES,
+        BENCHMARK_SCORES.values(),
     output:
         report(
             "<results>/scores/table.csv",
