@@ -14,9 +14,10 @@ from model_fixtures import IMAGE_SIZE, NUM_PATCHES, initialize
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vlm import checkpoint, images, parallel, weights
+from vlm import checkpoint, cli, images, parallel, weights
 from vlm.config import Kernels
 from vlm.convert import combine
+from vlm.export.base import export_language, export_vision
 from vlm.export.llava import export
 from vlm.prompt import Prompter
 
@@ -157,6 +158,47 @@ def test_what_transformers_cannot_express_is_refused(tmp_path, combined):
     with pytest.raises(ValueError, match="is a language model alone; combine it first, or .* --part language"):
         export(combined.parent / "language", tmp_path / "llava")
     assert names(tmp_path) == {"config.yaml", "combined"}
+
+
+def test_large_models_are_sharded_as_on_the_hub(tmp_path, combined, exported):
+    from transformers import LlavaForConditionalGeneration
+
+    export(combined, tmp_path / "llava", max_shard_bytes=100_000)
+    index = json.loads((tmp_path / "llava/model.safetensors.index.json").read_text())
+    shards = sorted(path.name for path in (tmp_path / "llava").glob("*.safetensors"))
+    assert shards == [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    assert len(shards) > 5 and set(index["weight_map"].values()) == set(shards)
+    whole = load_file(exported / "model.safetensors")
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    for name in shards:
+        assert sum(tensor.nbytes for tensor in load_file(tmp_path / "llava" / name).values()) <= 100_000
+    theirs, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava", output_loading_info=True)
+    assert not any(info.values()), info
+    one = LlavaForConditionalGeneration.from_pretrained(exported).state_dict()
+    assert all(torch.equal(tensor, one[name]) for name, tensor in theirs.state_dict().items())
+
+
+def test_the_command_writes_what_it_is_asked_for(tmp_path, combined):
+    for part, kind in (("llava", "llava"), ("language", "mistral"), ("vision", "clip_vision_model")):
+        assert cli.main(["export", str(combined), str(tmp_path / part), "--part", part]) == 0
+        assert json.loads((tmp_path / part / "config.json").read_text())["model_type"] == kind
+        assert json.loads((tmp_path / part / "provenance.json").read_text())["part"] == part
+
+
+def test_a_checkpoint_of_other_settings_is_not_exported(tmp_path, combined, capsys):
+    arguments = ["export", str(combined), str(tmp_path / "llava"), "--config"]
+    other = write_settings(tmp_path / "config.yaml", models__vision__feature_layer=-2)
+    assert cli.main([*arguments, str(other)]) == 2
+    assert "models.vision.feature_layer: is -2, but the checkpoint" in capsys.readouterr().err
+    assert names(tmp_path) == {"config.yaml"}
+    assert cli.main([*arguments, str(write_settings(tmp_path / "config.yaml"))]) == 0
+
+
+def test_a_part_that_is_not_there_is_refused(tmp_path, combined):
+    with pytest.raises(ValueError, match="vision: is a vision model alone, there is no language model in it"):
+        export_language(combined.parent / "vision", tmp_path / "out")
+    with pytest.raises(ValueError, match="language: is a language model alone, there is no vision model in it"):
+        export_vision(combined.parent / "language", tmp_path / "out")
 
 
 def test_bfloat16_runs_export_bfloat16(tmp_path, combined):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +77,21 @@ def combine(config: Path, language: Path, vision: Path, out: Path) -> None:
 
 
 def image_token_id(language: Path, image_token: str) -> int:
+    """The id of the image token in a checkpoint's language model; errors are those of `token_id`."""
+    folder = checkpoint.huggingface(language, "language")
+    return token_id(folder, read_config(folder), image_token)
+
+
+def token_id(folder: Path, language: Mapping[str, Any], image_token: str) -> int:
     """The id of the image token.
 
     Args:
-        language: a checkpoint with the language model's tokenizer and configuration.
-        image_token: `models.language.image_token`.
+        folder: holds the tokenizer.
+        language: the language model's configuration.
 
     Raises:
         ValueError: the tokenizer does not read it as one token, or the model has no embedding for it.
     """
-    folder = checkpoint.huggingface(language, "language")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = tokenizer.encode(image_token, add_special_tokens=False).ids
     token = tokenizer.token_to_id(image_token)
@@ -94,13 +100,13 @@ def image_token_id(language: Path, image_token: str) -> int:
             f"models.language.image_token: {image_token!r} is {len(ids)} tokens in {folder / 'tokenizer.json'}, "
             "it must be one; choose a reserved token of the vocabulary"
         )
-    vocabulary = language_sizes(read_config(folder)).vocab_size
+    vocabulary = language_sizes(language).vocab_size
     if token >= vocabulary:
         raise ValueError(
             f"models.language.image_token: {image_token!r} has id {token}, the model's vocab_size is {vocabulary}; "
             "choose a reserved token inside the vocabulary"
         )
-    return token
+    return int(token)
 
 
 def _of_kind(path: Path, kind: Kind) -> Path:

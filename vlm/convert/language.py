@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +23,6 @@ SIDE_FILES = (
     "chat_template.json",
     "LICENSE",
 )
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def convert(source: Path, out: Path) -> None:
@@ -40,17 +41,28 @@ def convert(source: Path, out: Path) -> None:
     config = sources.read_config(source)
     table = language_table(config)
     weights.check(table)
-    if config.get("tie_word_embeddings") and HEAD in weights.entries:
-        _check_tied(weights)
+    check_tied(weights, config)
+    check_tokenizer(source)
+    bases = {"language": sources.Base(config, SIDE_FILES)}
+    sources.write("language", ("language_model",), weights, table.rows, Path(out), bases)
+
+
+def check_tokenizer(source: Path) -> None:
     if not (source / "tokenizer.json").is_file():
         raise ValueError(f"{source / 'tokenizer.json'}: is missing; save the tokenizer as a fast one beside the model")
-    sources.write("language", "language_model", weights, table, Path(out), config, SIDE_FILES)
 
 
-def _check_tied(weights: Folder) -> None:
-    """A head stored beside the embedding it shares must be the same numbers; else one of the two is meant."""
-    if not torch.equal(weights.read(HEAD), weights.read(EMBEDDING)):
+def check_tied(weights: Folder, config: Mapping[str, Any], theirs: str = "") -> None:
+    """Refuse a head stored beside the embedding it shares and with other numbers: one of the two would be lost.
+
+    Args:
+        theirs: prefix of the language model's names.
+    """
+    head, embedding = theirs + "lm_head.weight", theirs + "model.embed_tokens.weight"
+    if not config.get("tie_word_embeddings") or head not in weights.entries:
+        return
+    if not torch.equal(weights.read(head), weights.read(embedding)):
         raise ValueError(
-            f"{weights.path}: {HEAD} differs from {EMBEDDING}, but config.json says tie_word_embeddings: true; set it "
-            f"false to convert both, or remove {HEAD}"
+            f"{weights.path}: {head} differs from {embedding}, but config.json says tie_word_embeddings: true; set it "
+            f"false to convert both, or remove {head}"
         )

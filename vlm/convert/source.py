@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from vlm import checkpoint, files
 from vlm.checkpoint import Manifest
 from vlm.checkpoint.manifest import NAME, Kind
-from vlm.weights import Folder, Table
+from vlm.weights import Folder, Row
 from vlm.weights.folder import INDEX, PICKLE_ENDINGS
 from vlm.weights.tables import num_bytes
 
@@ -68,40 +70,55 @@ def sha256(path: Path) -> str:
     return total.hexdigest()
 
 
+@dataclass(frozen=True)
+class Base:
+    """What a checkpoint keeps of one base model beside its weights."""
+
+    config: dict[str, Any]
+    """Becomes `huggingface/{part}/config.json`."""
+    side_files: tuple[str, ...]
+    """Names taken over where they are there."""
+
+
 def write(
-    kind: Kind, part: str, source: Folder, table: Table, out: Path, config: dict[str, Any], side_files: tuple[str, ...]
+    kind: Kind,
+    parts: tuple[str, ...],
+    source: Folder,
+    rows: Sequence[Row],
+    out: Path,
+    bases: Mapping[str, Base],
+    **described: Any,
 ) -> None:
-    """Write one base model as a Megatron checkpoint, a tensor at a time.
+    """Write a model's folder as a Megatron checkpoint, a tensor at a time.
 
     Args:
-        kind: of the checkpoint, which is also the name of its folder under `huggingface`.
-        part: attribute of the model.
-        source: the folder it comes from, already checked against `table`.
-        config: what `huggingface/{kind}/config.json` will hold.
-        side_files: names taken over where they are there.
+        kind, parts, described: of the manifest.
+        source: already checked against `rows`.
+        bases: by `language` or `vision`.
     """
-    rows = {row.ours: row for row in table.rows}
-    specs = {key: (source.dtype(row), row.shape) for key, row in rows.items()}
+    by_key = {row.ours: row for row in rows}
+    specs = {key: (source.dtype(row), row.shape) for key, row in by_key.items()}
     total = sum(num_bytes(shape, dtype) for dtype, shape in specs.values())
-    sides = [source.path / name for name in side_files if (source.path / name).is_file()]
-    read = [source.path / name for name in ("config.json", INDEX) if (source.path / name).is_file()]
-    read += [*sides, *source.files]
-    needed = total + sum(path.stat().st_size for path in sides)
-    # Hashing reads the same files at the same time, so that the second reader finds them in memory.
+    names = dict.fromkeys(name for base in bases.values() for name in base.side_files)
+    read = [path for name in ("config.json", INDEX, *names) if (path := source.path / name).is_file()]
+    needed = total + sum(path.stat().st_size for path in read)
     writing = checkpoint.writing(out, reads=[source.path], needed_bytes=needed, replaces=NAME)
-    with _hashing(read) as hashes, writing as folder:
+    # Hashing reads the same files at the same time, so that the second reader finds them in memory.
+    with _hashing([*read, *source.files]) as hashes, writing as folder:
         with tqdm(total=total, desc=f"convert {kind}", unit="B", unit_scale=True) as bar:
 
-            def make(key: str) -> Any:
-                tensor = source.join(rows[key])
+            def make(key: str) -> Tensor:
+                tensor = source.join(by_key[key])
                 bar.update(tensor.nbytes)
                 return tensor
 
             checkpoint.write_tensors(folder, specs, make)
-        place = checkpoint.huggingface(folder, kind)
-        place.mkdir(parents=True)
-        files.write_json(place / "config.json", config)
-        for path in sides:
-            shutil.copyfile(path, place / path.name)
+        for part, base in bases.items():
+            place = checkpoint.huggingface(folder, part)
+            place.mkdir(parents=True)
+            files.write_json(place / "config.json", base.config)
+            for path in read:
+                if path.name in base.side_files:
+                    shutil.copyfile(path, place / path.name)
         sources = {f"{kind}/{name}": digest for name, digest in hashes().items()}
-        Manifest(kind=kind, parts=(part,), sources=sources).write(folder)
+        Manifest(kind=kind, parts=parts, sources=sources, **described).write(folder)

@@ -24,7 +24,8 @@ def convert(source: Path, out: Path) -> None:
         ValueError: naming the file and the key or weight, as `vlm.convert.language`.
     """
     weights, config, table = read(Path(source))
-    sources.write("vision", "vision_model", weights, table, Path(out), config, SIDE_FILES)
+    bases = {"vision": sources.Base(config, SIDE_FILES)}
+    sources.write("vision", ("vision_model",), weights, table.rows, Path(out), bases)
 
 
 def read(source: Path) -> tuple[Folder, dict[str, Any], Table]:

@@ -131,7 +131,9 @@ def _tokenizer_files(source: Path, folder: Path, image_token: str) -> int:
         template = (source / "chat_template.jinja").read_text()
     if isinstance(template, str):
         literal = "'" + image_token.replace("\\", "\\\\").replace("'", "\\'") + "'"
-        files.write_text(folder / "chat_template.jinja", _WITH_PICTURES.replace("IMAGE_TOKEN", literal) + template)
+        before = _WITH_PICTURES.replace("IMAGE_TOKEN", literal)
+        # A LLaVA that was converted brings it along.
+        files.write_text(folder / "chat_template.jinja", before + template.removeprefix(before))
     # Batches of prompts are padded on the left: the answer goes on from the last token.
     config |= {"processor_class": "LlavaProcessor", "padding_side": "left"}
     files.write_json(folder / "tokenizer_config.json", config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlm.weights.exported import Exported, is_exported, load_exported, read_exported
+from vlm.weights.exported import Exported, exported_rows, is_exported, load_exported, read_exported
 from vlm.weights.folder import Folder, write_sharded
 from vlm.weights.tables import OPENAI, Row, Table, language_table, projector_table, vision_naming, vision_table
 
@@ -12,6 +12,8 @@ __all__ = [
     "Folder",
     "Row",
     "Table",
+    "exported_rows",
+    "exported_rows",
     "is_exported",
     "language_table",
     "load_exported",

@@ -79,7 +79,7 @@ def read_exported(folder: Path) -> Exported:
     )
 
 
-def _table(exported: Exported, weights: Folder) -> list[Row]:
+def exported_rows(exported: Exported, weights: Folder) -> list[Row]:
     """All rows of an exported model, after a check that the folder holds them."""
     language, vision, models = exported.language_config, exported.vision_config, exported.models
     prefix = weights.prefix("embeddings.class_embedding", _VISION_PREFIXES)
@@ -111,7 +111,7 @@ def load_exported(model: Any, folder: Path) -> Exported:
 
     exported = read_exported(folder)
     weights = Folder(exported.folder)
-    rows = {row.ours: row for row in _table(exported, weights)}
+    rows = {row.ours: row for row in exported_rows(exported, weights)}
     with torch.no_grad():
         for item in sharded_state(model).values():
             if item.key not in rows:
