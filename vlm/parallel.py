@@ -57,6 +57,9 @@ def initialize(parallel: Parallel | None, seed: int) -> None:
     if _current is not None and _current != parallel:
         raise RuntimeError(f"already initialised with {_current!r}; call vlm.parallel.destroy() first")
     _check_world(parallel)
+    if parallel.tensor > 1:
+        # Otherwise communication queues behind the computation it should overlap (tensor_parallel/layers.py:738).
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not distributed.is_initialized():
         _join()
     if _current is None:

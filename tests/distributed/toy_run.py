@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from vlm.batch import PackedBatch, Sample, pack
 
 SETS = ("captions", "dialogues")
 SEQUENCE_LENGTH, GLOBAL_BATCH, ITERATIONS = 192, 4, 20
+SAVED = ITERATIONS // 2
 SHAPES = [[(100, 1), (40, 0)], [(90, 1), (95, 1)], [(60, 0), (50, 0)]]
 """Tokens and pictures of the samples of a micro-batch; every third one has no picture."""
 IMAGE_TOKEN = 10
@@ -73,15 +76,15 @@ def make(folder: Path, **language: Any) -> Path:
     return folder
 
 
-def settings(path: Path, *, iterations: int = ITERATIONS, dtype: str = "float32", **parallel: Any) -> Path:
-    """Settings with the stages `pretrain` (projector) and `sft` (projector and language, from it)."""
+def settings(path: Path, *, dtype: str = "float32", workers: int = 0, **parallel: Any) -> Path:
+    """Settings with stages that learn from `combined` (`pretrain`, `sft`) and from `pretrain` (`sft_after`)."""
     shared = {
         "data": dict.fromkeys(SETS, 1.0),
         "prompt": "instruction",
         "sequence_length": SEQUENCE_LENGTH,
         "global_batch": GLOBAL_BATCH,
-        "iterations": iterations,
-        "save_interval": iterations // 2,
+        "iterations": ITERATIONS,
+        "save_interval": SAVED,
         "log_interval": 1,
         "optimizer": OPTIMIZER | {"lr": 3e-3, "min_lr": 3e-4},
     }
@@ -91,11 +94,11 @@ def settings(path: Path, *, iterations: int = ITERATIONS, dtype: str = "float32"
         "sft_after": shared | {"start_from": "pretrain", "trainable": ["projector", "language"]},
     }
     layout = {f"parallel__{key}": value for key, value in parallel.items()}
-    return write_config(path, stages=stages, dtype=dtype, **PROJECTOR, **layout)
+    return write_config(path, stages=stages, dtype=dtype, data__workers=workers, **PROJECTOR, **layout)
 
 
-def train(config: Path, stage: str, start_from: Path, data: Path, out: Path, stop: int | None, first: int) -> None:
-    """Runs on every rank: a stage, to its end or until the checkpoint of iteration `stop` is written.
+def train(config: Path, stage: str, start_from: Path, data: Path, out: Path, first: int) -> None:
+    """Runs on every rank: a stage to its end, saying to `out/log` what it has to say.
 
     Args:
         first: number of the first batch, for a loader that starts anew in the middle.
@@ -105,33 +108,43 @@ def train(config: Path, stage: str, start_from: Path, data: Path, out: Path, sto
     from vlm.train import plan, trainer
     from vlm.train.stop import Stop
 
-    loader.build = lambda *_, rank, world, **__: Numbered(first, rank, world)
-    prepared = plan.prepare(configuration.load(config), stage, start_from, data, out)
-    if stop is not None:
-        save = trainer.Trainer._save
+    def build(config: Any, *_: Any, rank: int, world: int, **__: Any) -> Numbered:
+        if rank == 0:
+            with open(out / "seeds", "a") as stream:
+                print(config.seed, file=stream)
+        return Numbered(first, rank, world)
 
-        def save_and_stop(self: Any) -> None:
-            save(self)
-            if self.iteration == stop:
-                raise SystemExit(0)
+    loader.build = build
+    with open(out / "log", "a", buffering=1) as sys.stderr:
+        prepared = plan.prepare(configuration.load(config), stage, start_from, data, out)
+        parallel.initialize(prepared.config.parallel, prepared.config.seed)
+        try:
+            with trainer.Trainer(prepared, Stop()) as run:
+                run.train()
+        except ValueError as error:
+            print(f"refused: {error}", file=sys.stderr)
 
-        trainer.Trainer._save = save_and_stop
-    parallel.initialize(prepared.config.parallel, prepared.config.seed)
-    with trainer.Trainer(prepared, Stop()) as run:
-        run.train()
+
+def run(folder: Path, out: Path, stage: str = "sft", start_from: Path | None = None, first: int = 0, **layout: Any):
+    """Train a stage of `folder` in processes of their own; returns `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    arguments = settings(out / "config.yaml", **layout), stage, start_from or folder / "combined", folder / "data", out
+    ranks.launch(layout.get("ranks_per_node", 1), train, *arguments, first)
+    return out
+
+
+def resume(folder: Path, finished: Path, out: Path, **options: Any) -> Path:
+    """Go on from the middle of a finished run, beside which `out` has to lie: their parent's place is relative."""
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / f"checkpoints/iteration_{ITERATIONS:07d}")
+    (out / "checkpoints/latest").write_text(f"iteration_{SAVED:07d}\n")
+    (out / "finished.json").unlink()
+    for name in ("log", "seeds"):
+        (out / name).unlink()
+    return run(folder, out, **options)
 
 
 def curve(out: Path) -> list[list[float]]:
     """Loss and gradient norm of every iteration."""
     lines = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
     return [[line["loss"], line["gradient_norm"]] for line in lines]
-
-
-def run(folder: Path, out: Path, stage: str = "sft", start_from: Path | None = None, **options: Any) -> Path:
-    """Train a stage of `folder` in processes of their own at the layout in `options`; returns `out`."""
-    stop, first = options.pop("stop", None), options.pop("first", 0)
-    out.mkdir(parents=True, exist_ok=True)
-    config = settings(out / "config.yaml", **options)
-    world = options.get("ranks_per_node", 1)
-    ranks.launch(world, train, config, stage, start_from or folder / "combined", folder / "data", out, stop, first)
-    return out

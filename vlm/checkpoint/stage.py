@@ -1,7 +1,8 @@
 """Everything a stage needs to go on as if it had never stopped: weights, optimizer, schedule, generators, loader.
 
-Tensors that ranks share or split are in the distributed checkpoint. What belongs to one rank alone (its random
-generators, its loader) is in `rank_00000.pt`, which holds tensors and plain values only and is read as such.
+Tensors that ranks share or split are in the distributed checkpoint, which is read at any layout. What belongs to one
+rank alone (its random generators) is in `rank_00000.pt`, the place in the data of each data-parallel rank in
+`data_00000.pt`; both hold tensors and plain values only and are read as such.
 """
 
 from __future__ import annotations
@@ -21,29 +22,47 @@ from vlm.checkpoint import model as models
 from vlm.checkpoint import places
 from vlm.checkpoint.manifest import PARTS, Manifest, Parent, read_manifest
 
-KEPT = 2
-"""Checkpoints of a stage that stay: the newest, and one before it. A 7B model with its optimizer takes about 100 GB."""
-
 
 @dataclass(frozen=True)
 class Resumed:
     iteration: int
     """Iterations that are done."""
-    loader: bytes
-    """The loader's own state, as it was handed to `save_stage`."""
+    loader: bytes | None
+    """The loader's own state, as this data-parallel rank handed it to `save_stage`; None where there were more or
+    fewer such ranks."""
     extra: dict[str, Any]
+    layout: dict[str, int]
+    """Ranks by their kind (`tensor`, `pipeline`, `data`) when it was saved."""
 
 
 def _rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def _world() -> int:
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+def _layout() -> dict[str, int]:
+    from megatron.core import parallel_state
+
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def _distributed(optimizer: Any) -> bool:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    return any(isinstance(one, DistributedOptimizer) for one in optimizer.chained_optimizers)
 
 
 def _rank_file(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank:05d}.pt"
+
+
+def _data_file(folder: Path) -> Path:
+    from megatron.core import parallel_state
+
+    return folder / f"data_{parallel_state.get_data_parallel_rank():05d}.pt"
 
 
 def save_stage(
@@ -59,9 +78,11 @@ def save_stage(
     scheduler: Any,
     loader: bytes = b"",
     extra: dict[str, Any] | None = None,
+    keep: int = 2,
+    best: int | None = None,
 ) -> Path:
-    """Save a stage at an iteration; `latest` moves to it when it is complete and on disk, and all but the
-    newest KEPT go. Called by all ranks.
+    """Save a stage at an iteration; `latest` moves to it when it is complete and on disk, and older
+    ones go. Called by all ranks.
 
     Args:
         out: the stage's folder; the checkpoint becomes `out/checkpoints/iteration_0000200`.
@@ -73,13 +94,17 @@ def save_stage(
         model: the `Llava`, wrapped or not.
         optimizer: megatron-core's optimizer.
         scheduler: megatron-core's `OptimizerParamScheduler`.
-        loader: this rank's loader state.
+        loader: the loader's state, from the first rank of every tensor and pipeline parallel group.
         extra: numbers, strings, lists and tensors of this rank that come back with `load_stage`.
+        keep: how many of the newest checkpoints stay.
+        best: iteration of the one that stays beside them, and which `best` names from now on.
 
     Returns:
         The folder of the checkpoint.
     """
-    destination = out / places.CHECKPOINTS / f"iteration_{iteration:07d}"
+    from megatron.core import parallel_state
+
+    destination = places.iteration_folder(out, iteration)
     parts = tuple(PARTS[part] for part in sorted(trainable))
     origin = places.resolve(parent)
     begun_from = read_manifest(origin)
@@ -94,24 +119,36 @@ def save_stage(
         parent=Parent(os.path.relpath(origin.resolve(), destination.resolve()), begun_from.identity),
     )
     weights = models.sharded_state(model, parts)
+    of_optimizer = optimizer.sharded_state_dict(weights, metadata=models.metadata())
     state = {
         "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, metadata=models.metadata()),
+        # A distributed optimizer's state is None on data-parallel ranks after the first.
+        "optimizer": {key: value for key, value in of_optimizer.items() if value is not None},
         "scheduler": scheduler.state_dict(),
     }
-    own = {"generators": _generators(), "loader": _pack(loader), "extra": extra or {}, "world": _world()}
+    own = {
+        "generators": _generators(),
+        "extra": extra or {},
+        "layout": _layout(),
+        "distributed_optimizer": _distributed(optimizer),
+    }
     with models.writing_together(destination, manifest, origin) as folder:
         models.write_state(folder, state)
         torch.save(own, _rank_file(folder, _rank()))
+        if parallel_state.get_model_parallel_group().rank() == 0:
+            torch.save({"loader": _pack(loader)}, _data_file(folder))
     if models.is_first():
         places.point_to(destination)
-        places.prune(out, keep=KEPT)
+        places.name_best(out, best)
+        places.prune(out, keep=keep)
     models.barrier()
     return destination
 
 
 def load_stage(checkpoint: Path, *, model: Any, optimizer: Any, scheduler: Any) -> Resumed:
-    """Put a stage back to where it was saved. Called by all ranks.
+    """Put a stage back to where it was saved, at the same layout or another. Called by all ranks.
+
+    At another layout the random generators stay as they are: training draws nothing from them.
 
     Args:
         checkpoint: one written by `save_stage`, or the stage's folder.
@@ -119,24 +156,40 @@ def load_stage(checkpoint: Path, *, model: Any, optimizer: Any, scheduler: Any) 
         optimizer, scheduler: freshly built for it.
 
     Raises:
-        ValueError: another number of ranks, or a file that is missing.
+        ValueError: the other kind of optimizer, or a file that is missing.
     """
     folder = places.resolve(checkpoint)
-    path = _rank_file(folder, _rank())
-    if not path.is_file():
-        raise ValueError(f"{path}: is missing; resume with the parallel settings of the checkpoint")
-    own = torch.load(path, map_location="cpu", weights_only=True)
-    if own["world"] != _world():
-        raise ValueError(f"{folder}: was saved by {own['world']} ranks, {_world()} are running: set parallel as it was")
+    own = _load(_rank_file(folder, 0))
+    then, now = own["layout"], _layout()
+    if own["distributed_optimizer"] != _distributed(optimizer):
+        raise ValueError(
+            f"parallel.distributed_optimizer: is {_name(_distributed(optimizer))}, but {folder} was saved with "
+            f"{_name(own['distributed_optimizer'])}, which stores its state in another form; set it back"
+        )
+    if then == now:
+        own = _load(_rank_file(folder, _rank()))
+    place = _load(_data_file(folder))["loader"].numpy().tobytes() if then["data"] == now["data"] else None
     manifest = models.load_model(model, folder)
     weights = models.sharded_state(model, manifest.parts)
     sharded = optimizer.sharded_state_dict(weights, is_loading=True, metadata=models.metadata())
     state = models.read_state(folder, {"optimizer": sharded})
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
-    _set_generators(own["generators"])
+    if then == now:
+        _set_generators(own["generators"])
     assert manifest.iteration is not None
-    return Resumed(manifest.iteration, own["loader"].numpy().tobytes(), own["extra"])
+    return Resumed(manifest.iteration, place, own["extra"], then)
+
+
+def _name(value: bool) -> str:
+    return str(value).lower()
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: is missing; remove its folder, and the stage goes on from the checkpoint before")
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content
 
 
 def _pack(content: bytes) -> torch.Tensor:

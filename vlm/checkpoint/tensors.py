@@ -35,8 +35,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from vlm.checkpoint import places
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
-METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
-"""How megatron-core names and shards what it saves; stored with the checkpoint."""
+METADATA = {
+    "non_homogeneous_layers": True,
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
+"""How megatron-core names and shards what it saves; stored with the checkpoint. A distributed optimizer's state is
+gathered on the first data-parallel rank alone: all of them together would hold it once per rank."""
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,

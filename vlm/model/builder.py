@@ -77,11 +77,6 @@ def build(
     language = language_sizes(language_config, layout.tensor, layout.pipeline)
     vision = vision_sizes(vision_config, layout.tensor)
     projector = settings.models.projector
-    if projector.hidden_size % layout.tensor:
-        raise ValueError(
-            f"models.projector.hidden_size: {projector.hidden_size} is not a multiple of parallel.tensor "
-            f"{layout.tensor}"
-        )
     common = _common(settings, initialise)
     first = parallel_state.is_pipeline_first_stage()
     language_model = LanguageModel(
@@ -142,8 +137,8 @@ def read_pixel_statistics(vision_directory: Path) -> tuple[tuple[float, ...], tu
 
 
 def _mark_shards(model: Llava) -> None:
-    """Say of every weight that it is a tensor-parallel shard, as `megatron.core.tensor_parallel` does only where it also
-    draws them (layers.py:170, 244, 265, 855, 877, 1178, 1201). Without the mark a gradient norm counts one rank's."""
+    """Mark tensor-parallel shards, which megatron-core does only where it also draws the weights (tensor_parallel/
+    layers.py:170, 244, 265, 855, 877, 1178, 1201). Without the mark a gradient norm counts those of one rank."""
     axes = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in model.modules():
         for kind, axis in axes.items():

@@ -45,7 +45,7 @@ class Llava(MegatronModule):
     ) -> None:
         super().__init__(language_model.config)
         self.vision_model: VisionModel = vision_model  # type: ignore[assignment]  # read where it is there
-        self.vision_projection = vision_projection
+        self.vision_projection: MultimodalProjector = vision_projection
         self.language_model = language_model
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = language_model.pre_process, language_model.post_process
@@ -75,14 +75,14 @@ class Llava(MegatronModule):
         Raises:
             ValueError: pictures of another size than the vision model's, or not as many as the positions say.
         """
-        hidden_SBD = self._hidden(batch)
+        hidden_SBD = self.hidden(batch)
         if not self.post_process:
             return hidden_SBD
         rows_R = batch.trained_positions
         return self.language_model.losses(hidden_SBD, rows_R, batch.labels_S.index_select(0, rows_R))
 
-    def _hidden(self, batch: PackedBatch) -> Tensor:
-        """Activations [S, 1, D] after this stage's layers."""
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Activations [S, 1, D] of one packed sequence after this stage's layers."""
         embeddings_SBD = None
         if self.pre_process:
             tokens_SD = self.language_model.embed(batch.tokens_S.unsqueeze(0)).flatten(0, 1)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 
+from vlm import parallel
 from vlm.config import Config, Stage
 from vlm.train import torch_adamw
 
@@ -88,6 +92,12 @@ def learning_rate(optimizer: MegatronOptimizer) -> float:
 
 
 def num_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """Trainable and frozen parameters on this rank."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trainable, sum(p.numel() for p in model.parameters()) - trainable
+    """Trainable and frozen parameters of the whole model, each counted once. Called by all ranks."""
+    counts = [0, 0]
+    for parameter in model.parameters():
+        if param_is_not_tensor_parallel_duplicate(parameter) and param_is_not_shared(parameter):
+            counts[not parameter.requires_grad] += parameter.numel()
+    sums = torch.tensor(counts, device=parallel.device())
+    torch.distributed.all_reduce(sums, group=parallel_state.get_model_parallel_group())
+    trainable, frozen = sums.tolist()
+    return trainable, frozen

@@ -17,7 +17,9 @@ from vlm.train.stop import EXIT_STOPPED, Stop, parse_duration
 _NOISE = (
     "(Transformer Engine and )?Apex (is|are) not installed",  # one per module of megatron-core that has another way
     "full scope is deprecated",  # megatron-core about the default of its own cuda_graph_scope
-    "`load_state_dict` is deprecated",  # megatron-core about its own call of torch
+    "`load_state_dict` is deprecated",  # megatron-core about its own calls of torch
+    "`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf",  # its distributed optimizer's views of fp32 parameters
 )
 """Warnings that no setting of ours can heed."""
 
