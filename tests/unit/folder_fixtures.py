@@ -111,11 +111,16 @@ def write_settings(path: Path, **changes: Any) -> Path:
     return write_config(path, **({"models__projector__hidden_size": LANGUAGE["hidden_size"]} | changes))
 
 
-def make_combined(folder: Path, **changes: Any) -> Path:
-    """Base models, their conversions and the combined checkpoint under one folder; returns the checkpoint."""
+def make_combined(folder: Path, text: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """Base models, their conversions and the combined checkpoint under one folder; returns the checkpoint.
+
+    Args:
+        text: options of `write_language`.
+        changes: of the settings.
+    """
     from vlm.convert import combine, language, vision
 
-    language.convert(write_language(folder / "hub/language"), folder / "language")
+    language.convert(write_language(folder / "hub/language", **text or {}), folder / "language")
     vision.convert(write_vision(folder / "hub/vision"), folder / "vision")
     config = write_settings(folder / "config.yaml", **changes)
     combine.combine(config, folder / "language", folder / "vision", folder / "combined")

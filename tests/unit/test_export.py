@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -192,6 +193,26 @@ def test_a_checkpoint_of_other_settings_is_not_exported(tmp_path, combined, caps
     assert "models.vision.feature_layer: is -2, but the checkpoint" in capsys.readouterr().err
     assert names(tmp_path) == {"config.yaml"}
     assert cli.main([*arguments, str(write_settings(tmp_path / "config.yaml"))]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("__0_0.distcp", 1000, r"__0_0.distcp: is truncated, 1000 of \d+ bytes are there"),
+        ("__0_0.distcp", None, "__0_0.distcp: is missing, the checkpoint is not complete"),
+        (".metadata", 100, ".metadata: is damaged"),
+    ],
+    ids=["truncated", "missing", "truncated-metadata"],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, combined, name, size, message):
+    shutil.copytree(combined, tmp_path / "combined")
+    if size is None:
+        (tmp_path / "combined" / name).unlink()
+    else:
+        os.truncate(tmp_path / "combined" / name, size)
+    with pytest.raises(ValueError, match=message):
+        export(tmp_path / "combined", tmp_path / "llava")
+    assert names(tmp_path) == {"combined"}
 
 
 def test_a_part_that_is_not_there_is_refused(tmp_path, combined):

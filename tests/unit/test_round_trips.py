@@ -200,6 +200,7 @@ def test_llava_comes_back_to_the_bit(tmp_path, combined, saved_by):
     llava.convert(source, tmp_path / "megatron")
     tensors, before = Tensors(tmp_path / "megatron"), Tensors(combined)
     assert_same({key: tensors.read(key) for key in tensors.specs}, {key: before.read(key) for key in before.specs})
+    assert {name.split("/")[0] for name in checkpoint.read_manifest(tmp_path / "megatron").sources} == {"llava"}
     exports.export(tmp_path / "megatron", tmp_path / "back")
     exports.export(combined, tmp_path / "wanted")
     assert_same(stored(tmp_path / "back"), stored(tmp_path / "wanted"))
@@ -207,6 +208,29 @@ def test_llava_comes_back_to_the_bit(tmp_path, combined, saved_by):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "wanted" / name).read_bytes(), name
     if saved_by == "vlm":
         assert read_config(tmp_path / "back") == read_config(tmp_path / "wanted")
+
+
+def test_a_tied_llama_3_is_the_same_model_everywhere(tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    from vlm import parallel, weights
+    from vlm.generate import speaker
+
+    made = make_combined(tmp_path, {"llama": True, "tied": True, "rope_parameters": LLAMA3})
+    hub = tmp_path / "hub"
+    assert verify.verify(made, hub / "language", hub / "vision", tmp_path / "report.json") == 0
+    exports.export(made, tmp_path / "llava")
+    theirs = loaded(LlavaForConditionalGeneration, tmp_path / "llava")
+    assert theirs.config.text_config.rope_parameters == LLAMA3
+    tokens = torch.arange(3, 103)[None]
+    assert weights.read_exported(tmp_path / "llava").language_config["tie_word_embeddings"] is True
+    try:
+        ours = speaker.load(tmp_path / "llava").model
+        with torch.no_grad():
+            logits = ours.logits(tokens, torch.arange(100)[None], last_only=False)
+            torch.testing.assert_close(logits, theirs(input_ids=tokens).logits, atol=1e-4, rtol=0)
+    finally:
+        parallel.destroy()
 
 
 def test_each_part_of_a_stage_comes_from_the_newest_checkpoint_that_holds_it(tmp_path, combined):

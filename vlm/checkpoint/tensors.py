@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -160,7 +161,20 @@ def _reader(folder: Path) -> _Reader:
     for name in (".metadata", "metadata.json", "common.pt"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name}: is missing, the checkpoint is not complete")
-    return _Reader(folder)
+    reader = _Reader(folder)
+    try:
+        pieces = reader.read_metadata().storage_data.values()
+    except (pickle.UnpicklingError, EOFError, AttributeError) as error:
+        raise ValueError(f"{folder / '.metadata'}: is damaged ({error})") from None
+    ends: dict[str, int] = {}
+    for piece in pieces:
+        ends[piece.relative_path] = max(ends.get(piece.relative_path, 0), piece.offset + piece.length)
+    for name, end in ends.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: is missing, the checkpoint is not complete")
+        if (size := (folder / name).stat().st_size) < end:
+            raise ValueError(f"{folder / name}: is truncated, {size} of {end} bytes are there")
+    return reader
 
 
 def _specs(reader: _Reader) -> dict[str, Spec]:

@@ -44,7 +44,7 @@ def convert(source: Path, out: Path) -> None:
     check_tied(weights, config)
     check_tokenizer(source)
     bases = {"language": sources.Base(config, SIDE_FILES)}
-    sources.write("language", ("language_model",), weights, table.rows, Path(out), bases)
+    sources.write("language", "language", ("language_model",), weights, table.rows, Path(out), bases)
 
 
 def check_tokenizer(source: Path) -> None:

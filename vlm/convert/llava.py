@@ -40,4 +40,4 @@ def convert(source: Path, out: Path) -> None:
     settings = {"seed": _SEED, "dtype": exported.dtype, "image_resize": exported.image_resize}
     models = exported.models.model_dump(mode="json")
     parts = tuple(PARTS.values())
-    sources.write("combined", parts, weights, rows, Path(out), bases, models=models, settings=settings)
+    sources.write("llava", "combined", parts, weights, rows, Path(out), bases, models=models, settings=settings)

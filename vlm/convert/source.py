@@ -81,6 +81,7 @@ class Base:
 
 
 def write(
+    name: str,
     kind: Kind,
     parts: tuple[str, ...],
     source: Folder,
@@ -92,6 +93,7 @@ def write(
     """Write a model's folder as a Megatron checkpoint, a tensor at a time.
 
     Args:
+        name: of the conversion, before the names of the files it read.
         kind, parts, described: of the manifest.
         source: already checked against `rows`.
         bases: by `language` or `vision`.
@@ -99,13 +101,13 @@ def write(
     by_key = {row.ours: row for row in rows}
     specs = {key: (source.dtype(row), row.shape) for key, row in by_key.items()}
     total = sum(num_bytes(shape, dtype) for dtype, shape in specs.values())
-    names = dict.fromkeys(name for base in bases.values() for name in base.side_files)
-    read = [path for name in ("config.json", INDEX, *names) if (path := source.path / name).is_file()]
+    side_files = dict.fromkeys(file for base in bases.values() for file in base.side_files)
+    read = [path for file in ("config.json", INDEX, *side_files) if (path := source.path / file).is_file()]
     needed = total + sum(path.stat().st_size for path in read)
     writing = checkpoint.writing(out, reads=[source.path], needed_bytes=needed, replaces=NAME)
     # Hashing reads the same files at the same time, so that the second reader finds them in memory.
     with _hashing([*read, *source.files]) as hashes, writing as folder:
-        with tqdm(total=total, desc=f"convert {kind}", unit="B", unit_scale=True) as bar:
+        with tqdm(total=total, desc=f"convert {name}", unit="B", unit_scale=True) as bar:
 
             def make(key: str) -> Tensor:
                 tensor = source.join(by_key[key])
@@ -120,5 +122,5 @@ def write(
             for path in read:
                 if path.name in base.side_files:
                     shutil.copyfile(path, place / path.name)
-        sources = {f"{kind}/{name}": digest for name, digest in hashes().items()}
+        sources = {f"{name}/{file}": digest for file, digest in hashes().items()}
         Manifest(kind=kind, parts=parts, sources=sources, **described).write(folder)

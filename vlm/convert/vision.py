@@ -25,7 +25,7 @@ def convert(source: Path, out: Path) -> None:
     """
     weights, config, table = read(Path(source))
     bases = {"vision": sources.Base(config, SIDE_FILES)}
-    sources.write("vision", ("vision_model",), weights, table.rows, Path(out), bases)
+    sources.write("vision", "vision", ("vision_model",), weights, table.rows, Path(out), bases)
 
 
 def read(source: Path) -> tuple[Folder, dict[str, Any], Table]:
