@@ -43,13 +43,13 @@ class Plan:
 
     def finished(self) -> Path | None:
         """The final checkpoint, where this very run was already trained to its end."""
-        report = self.out / "finished.json"
-        if not report.is_file() or identity.read(self.out / "checkpoints") != self.identity:
+        if identity.read(self.out / "checkpoints") != self.identity:
             return None
         newest = checkpoint.latest(self.out)
-        if newest is None or files.read_json(report).get("checkpoint") != str(newest.relative_to(self.out)):
+        report = _report(self.out)
+        if newest is None or report.get("checkpoint") != str(newest.relative_to(self.out)):
             return None
-        return newest if checkpoint.read_manifest(newest).iteration == self.settings.iterations else None
+        return newest if _at_its_end(self.settings, checkpoint.read_manifest(newest).iteration, report) else None
 
 
 def prepare(config: Config, stage: str, start_from: Path, data: Path, out: Path) -> Plan:
@@ -82,12 +82,29 @@ def _check_parent(config: Config, stage: str, start_from: Path, parent: Path, ma
         raise ValueError(f"stages.{stage}.start_from: is {wanted!r}, but --start-from {start_from} holds {found!r}")
     if wanted == COMBINED or parent == start_from:  # a checkpoint named outright is taken at its word
         return
-    iterations = config.stages[wanted].iterations
-    if manifest.iteration != iterations:
+    settings = config.stages[wanted]
+    if not _at_its_end(settings, manifest.iteration, _report(parent.parents[1])):
         raise ValueError(
-            f"stages.{wanted}.iterations: is {iterations}, but {start_from} stopped at {manifest.iteration}; train it "
-            f"to its end, or start from {parent} itself"
+            f"stages.{wanted}.iterations: is {settings.iterations}, but {start_from} stopped at {manifest.iteration}; "
+            f"train it to its end, or start from {parent} itself"
         )
+
+
+def _report(out: Path) -> dict[str, Any]:
+    """What the stage in `out` said when it was finished, nothing where it is not."""
+    path = out / "finished.json"
+    return files.read_json(path) if path.is_file() else {}
+
+
+def _at_its_end(settings: Stage, iteration: int | None, report: dict[str, Any]) -> bool:
+    """Whether a stage that has come to `iteration` trains no further: it was the last one, or it stopped early with no
+    less patience than it has now."""
+    if iteration == settings.iterations:
+        return True
+    stale = report.get("stopped_early")
+    if settings.early_stop is None or stale is None or report.get("iterations") != iteration:
+        return False
+    return bool(stale >= settings.early_stop)
 
 
 def _check_sizes(config: Config, stage: str, parent: Path) -> None:

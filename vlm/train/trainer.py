@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import random
 import resource
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
 
 from vlm import checkpoint, files, loader, model, parallel
+from vlm.checkpoint import places
 from vlm.checkpoint.places import CHECKPOINTS
+from vlm.model import flops
 from vlm.model.builder import read_configs, read_pixel_statistics
-from vlm.train import identity, optimizer
-from vlm.train.metrics import Outcome, Reporter, Totals
+from vlm.model.sizes import language_sizes, vision_sizes
+from vlm.train import identity, optimizer, sharing
+from vlm.train.metrics import Meter, Outcome, Reporter, Totals
 from vlm.train.plan import Plan
 from vlm.train.step import NonFiniteError, Step
 from vlm.train.stop import Stop, name
+from vlm.train.validation import Progress, Validation
 
 
 class Trainer:
@@ -38,6 +45,7 @@ class Trainer:
         self.plan = plan
         self.stop = stop
         self.totals = Totals()
+        self.progress = Progress()
         self.peak_memory_bytes = 0
         config, stage = plan.config, plan.settings
         self.first_rank = torch.distributed.get_rank() == 0
@@ -48,29 +56,27 @@ class Trainer:
             checkpoint.load_model(self.model, plan.parent)
         self.model.freeze(stage.trainable)
         self.model.train()
-        wrapped = optimizer.wrap(self.model)
+        self.num_parameters = optimizer.num_parameters(self.model)
+        wrapped = optimizer.wrap(self.model, distributed_optimizer=config.parallel.distributed_optimizer)
         self.optimizer, self.schedule = optimizer.build(wrapped, config, stage)
-        self.loader = loader.build(
-            config,
-            plan.stage,
-            plan.data,
-            checkpoint.huggingface(plan.parent, "language"),
-            checkpoint.huggingface(plan.parent, "vision"),
-            rank=parallel_state.get_data_parallel_rank(),
-            world=parallel_state.get_data_parallel_world_size(),
-        )
+        self.loader = _open_data(plan, "train")
+        self.data_restarts: list[int] = []
+        layout: dict[str, Any] = {
+            "sequence_length": stage.sequence_length,
+            "device": parallel.device(),
+            "sets": tuple(stage.data),
+            "num_micro_batches": plan.num_micro_batches,
+        }
+        self.validation = None
+        if stage.validation_interval:
+            limit = stage.validation_batches * plan.num_micro_batches or None
+            self.validation = Validation(wrapped, _open_data(plan, "val"), max_sequences=limit, **layout)
         self.iteration = 0 if newest is None else self._resume(newest)
         self.saved_iteration = self.iteration
         self._claim(known)
         self.last_good = newest or plan.parent
-        self.step = Step(
-            wrapped,
-            self.optimizer,
-            self.loader,
-            num_micro_batches=plan.num_micro_batches,
-            sequence_length=stage.sequence_length,
-            device=parallel.device(),
-        )
+        self.step = Step(wrapped, self.optimizer, self.loader, **layout)
+        self.meter = _meter(plan)
         self.reporter = Reporter(
             plan.out,
             start=self.iteration,
@@ -86,7 +92,7 @@ class Trainer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.reporter.close()
-        self.loader.close()
+        self._close_data()
 
     def train(self) -> str | None:
         """Run the iterations that are left, then write `finished.json`.
@@ -99,13 +105,16 @@ class Trainer:
         """
         stage = self.plan.settings
         self.stop.began()
-        while self.iteration < stage.iterations:
+        while not self._ended():
             if code := self._agreed(self.stop.code):
                 return self._leave(code)
             outcome = self._step()
-            last = self.iteration == stage.iterations
-            self._report(outcome, now=last or self.iteration % stage.log_interval == 0)
+            validation = self._validate()
+            last = self._ended()
+            self._report(outcome, validation, now=last or self.iteration % stage.log_interval == 0)
             if last or self.iteration % stage.save_interval == 0:
+                if stage.keep_best:
+                    self.progress.saving(self.iteration, validation["validation_loss"])
                 self._save()
         rejected = self._rejected()
         if self.first_rank:
@@ -125,6 +134,27 @@ class Trainer:
         self.iteration += 1
         return outcome
 
+    def _ended(self) -> bool:
+        stage = self.plan.settings
+        return self.iteration == stage.iterations or self.progress.exhausted(stage.early_stop)
+
+    def _validate(self) -> dict[str, float]:
+        """The validation losses, where it is time for them."""
+        stage = self.plan.settings
+        due = self.iteration == stage.iterations or self.iteration % max(stage.validation_interval, 1) == 0
+        if self.validation is None or not due:
+            return {}
+        started = time.monotonic()
+        losses = self.validation()
+        if not math.isfinite(losses["validation_loss"]):
+            raise NonFiniteError(
+                f"{self.plan.stage}: the validation loss after iteration {self.iteration} is "
+                f"{losses['validation_loss']}. The last good checkpoint is {self.last_good}."
+            )
+        self.stop.validated(time.monotonic() - started)
+        self.progress.add(losses["validation_loss"])
+        return losses
+
     def _agreed(self, value: int) -> int:
         """The largest of all ranks' values: what one rank was asked for, all do, at the same iteration."""
         if torch.distributed.get_world_size() == 1:
@@ -142,11 +172,14 @@ class Trainer:
             f"{self.plan.settings.iterations}, all of it is in {self.last_good}; the same command goes on from there"
         )
 
-    def _report(self, outcome: Outcome, *, now: bool) -> None:
+    def _report(self, outcome: Outcome, validation: dict[str, float], *, now: bool) -> None:
         self.totals.add(outcome)
         self.reporter.advance(outcome)
         if now:
-            self.reporter.write(self.totals.line(self.iteration, outcome, optimizer.learning_rate(self.optimizer)))
+            rate = optimizer.learning_rate(self.optimizer)
+            self.reporter.write(self.totals.line(self.iteration, outcome, rate, self.meter, self._peak_memory()))
+        if validation:
+            self.reporter.write({"iteration": self.iteration, **validation})
 
     def _claim(self, known: dict[str, Any] | None) -> None:
         """Make the folder this run's own; what another run left in it is moved aside. After the last refusal."""
@@ -159,33 +192,64 @@ class Trainer:
             identity.write(self.plan.out / CHECKPOINTS, self.plan.identity)
         torch.distributed.barrier()
 
-    def _layout(self) -> dict[str, int]:
-        """Settings that the loader's state depends on."""
-        return {"data.workers": self.plan.config.data.workers, "parallel (data ranks)": self.plan.config.parallel.data}
-
     def _resume(self, newest: Path) -> int:
         resumed = checkpoint.load_stage(newest, model=self.model, optimizer=self.optimizer, scheduler=self.schedule)
-        for key, value in self._layout().items():
-            there = resumed.extra["layout"][key]
-            if there != value:
-                raise ValueError(
-                    f"{key}: is {value}, but {newest} was written with {there}, and the place in the data cannot be "
-                    f"carried over; set it back, or move {self.plan.out} away to train from the start"
-                )
-        self.loader.restore(resumed.loader)
+        workers, there = self.plan.config.data.workers, resumed.extra["workers"]
+        if workers != there:
+            raise ValueError(
+                f"data.workers: is {workers}, but {newest} was written with {there}, and the place in the data cannot "
+                f"be carried over; set it back, or move {self.plan.out} away to train from the start"
+            )
+        self._resume_data(resumed, newest)
         self.totals = Totals(**resumed.extra["totals"])
+        self.progress = self._resume_progress(resumed.extra["validation"])
         self.peak_memory_bytes = resumed.extra["peak_memory_bytes"]
         if self.first_rank:
             print(f"{self.plan.stage}: resuming after iteration {resumed.iteration} from {newest}", file=sys.stderr)
         return resumed.iteration
 
+    def _resume_data(self, resumed: checkpoint.Resumed, newest: Path) -> None:
+        """Go on at the same place. Energon's places belong to as many ranks as there were: others begin a new stream,
+        drawn from the seed and the iteration, so that it does not repeat the samples of the beginning."""
+        self.data_restarts = list(resumed.extra["data_restarts"])
+        if resumed.loader is None:
+            self.data_restarts.append(resumed.iteration)
+            if self.first_rank:
+                print(
+                    f"{self.plan.stage}: parallel gives {self.plan.config.parallel.data} data-parallel ranks, {newest} "
+                    f"was written by {resumed.layout['data']}: the place in the data cannot be carried over, and a "
+                    "newly shuffled stream begins",
+                    file=sys.stderr,
+                )
+        if self.data_restarts:
+            self._close_data()
+            self.loader = _open_data(self.plan, "train", self.data_restarts[-1])
+        if (place := resumed.loader) is not None:
+            sharing.on_builder(lambda: self.loader.restore(place))
+
+    def _close_data(self) -> None:
+        if self.loader is not None:
+            self.loader.close()
+
+    def _resume_progress(self, state: dict[str, Any]) -> Progress:
+        """A kill may have come between a checkpoint and the word that it is the best; or the best one is not kept."""
+        progress = Progress(**state)
+        out, best = self.plan.out, progress.best
+        if not (self.plan.settings.keep_best and best and places.iteration_folder(out, best).is_dir()):
+            progress.best = progress.best_loss = None
+        if self.first_rank:
+            places.name_best(out, progress.best)
+        return progress
+
     def _rejected(self) -> dict[str, str]:
         """Samples that no data-parallel rank could use, and why."""
-        ranks: list[dict[str, str]] = [self.loader.rejected]
+        streams = [self.loader, self.validation and self.validation.split]
+        mine = {key: reason for one in streams if one is not None for key, reason in one.rejected.items()}
+        ranks: list[dict[str, str]] = [mine]
         if (world := parallel_state.get_data_parallel_world_size()) > 1:
             ranks *= world
             group = parallel_state.get_data_parallel_group()
-            torch.distributed.all_gather_object(ranks, self.loader.rejected, group=group)
+            torch.distributed.all_gather_object(ranks, mine, group=group)
         return {key: reason for rank in ranks for key, reason in sorted(rank.items())}
 
     def _save(self) -> None:
@@ -201,38 +265,53 @@ class Trainer:
             model=self.model,
             optimizer=self.optimizer,
             scheduler=self.schedule,
-            loader=self.loader.state(),
-            extra={"totals": asdict(self.totals), "layout": self._layout(), "peak_memory_bytes": self._peak_memory()},
+            loader=b"" if self.loader is None else self.loader.state(),
+            extra={
+                "totals": asdict(self.totals),
+                "validation": asdict(self.progress),
+                "workers": self.plan.config.data.workers,
+                "data_restarts": self.data_restarts,
+                "peak_memory_bytes": self._peak_memory(),
+            },
+            keep=self.plan.settings.keep,
+            best=self.progress.best,
         )
         self.saved_iteration = self.iteration
         self.stop.saved(time.monotonic() - started)
 
     def _peak_memory(self) -> int:
-        """Largest memory of this rank over all its processes so far: on its GPU, or in all where it has none."""
+        """Largest memory of a rank so far: on its GPU, or in all where it has none. Called by all ranks."""
         if torch.cuda.is_available():
             now = torch.cuda.max_memory_allocated()
         else:
             now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.peak_memory_bytes = max(self.peak_memory_bytes, now)
+        self.peak_memory_bytes = max(self.peak_memory_bytes, self._agreed(now))
         return self.peak_memory_bytes
 
     def _finish(self, rejected: dict[str, str]) -> None:
         files.write_json(self.plan.out / "rejected.json", rejected)
-        trained, frozen = optimizer.num_parameters(self.model)
-        losses = [line["loss"] for line in self.reporter.lines]
+        trained, frozen = self.num_parameters
+        losses, validated = (
+            [line[key] for line in self.reporter.lines if key in line] for key in ("loss", "validation_loss")
+        )
         report: dict[str, Any] = {
             "stage": self.plan.stage,
             "checkpoint": str(self.last_good.relative_to(self.plan.out)),
             "iterations": self.iteration,
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
+            "last_validation_loss": validated[-1] if validated else None,
+            "lowest_validation_loss": self.progress.lowest,
+            "best_iteration": self.progress.best,
+            "stopped_early": self.progress.stale if self.iteration < self.plan.settings.iterations else None,
             "seconds": round(self.totals.elapsed_seconds, 3),
-            "peak_memory_bytes": self._peak_memory(),
+            "peak_memory_bytes": self.peak_memory_bytes,
             "trained_parameters": trained,
             "frozen_parameters": frozen,
             "samples": self.totals.samples,
             "tokens": self.totals.tokens,
             "rejected": len(rejected),
+            "data_restarts": self.data_restarts,
         }
         files.write_json(self.plan.out / "finished.json", report)
         if rejected:
@@ -243,7 +322,39 @@ class Trainer:
             )
 
 
+def _open_data(plan: Plan, split: Literal["train", "val"], restarted: int = 0) -> Any:
+    """The data of this data-parallel rank, None on ranks that build no batches; a stream of its own for every iteration
+    it may be restarted at."""
+    seed = random.Random(f"{plan.config.seed} {restarted}").getrandbits(31) if restarted else plan.config.seed
+    build = partial(
+        loader.build,
+        plan.config.model_copy(update={"seed": seed}),
+        plan.stage,
+        plan.data,
+        checkpoint.huggingface(plan.parent, "language"),
+        checkpoint.huggingface(plan.parent, "vision"),
+        rank=parallel_state.get_data_parallel_rank(),
+        world=parallel_state.get_data_parallel_world_size(),
+        split=split,
+    )
+    return sharing.on_builder(build)
+
+
 def _build_model(plan: Plan) -> Any:
     """The model without weights: they are loaded next."""
     folder = plan.parent / "huggingface"
     return model.build(*read_configs(folder), plan.config, *read_pixel_statistics(folder / "vision"), initialise=False)
+
+
+def _meter(plan: Plan) -> Meter:
+    settings = plan.config
+    language, vision = read_configs(plan.parent / "huggingface")
+    cost = flops.count(
+        language_sizes(language),
+        vision_sizes(vision),
+        projector_size=settings.models.projector.hidden_size,
+        feature_layer=settings.models.vision.feature_layer,
+        trainable=plan.settings.trainable,
+    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return Meter(cost, settings.parallel.world_size, flops.peak(device, settings.dtype))

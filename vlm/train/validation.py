@@ -6,7 +6,6 @@ It decides which checkpoint is the best and when to stop early; what that needs 
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +58,7 @@ class Validation:
     Args:
         model: the model in mcore's DDP.
         split: packed sequences of the validation samples of this data-parallel rank, the same ones each time it is
-            iterated over.
+            iterated over; None where another rank builds them.
         num_micro_batches: packed sequences per forward pass through the pipeline.
         max_sequences: of this rank; None for all.
         sequence_length: S, slots of a packed sequence.
@@ -70,7 +69,7 @@ class Validation:
     def __init__(
         self,
         model: DistributedDataParallel,
-        split: Iterable[PackedBatch],
+        split: Iterable[PackedBatch] | None,
         *,
         num_micro_batches: int,
         max_sequences: int | None,
@@ -78,7 +77,7 @@ class Validation:
         device: torch.device,
         sets: Sequence[str],
     ) -> None:
-        self._model, self._split, self._device, self._sets = model, split, device, tuple(sets)
+        self._model, self.split, self._device, self._sets = model, split, device, tuple(sets)
         self._num_micro_batches, self._max_sequences = num_micro_batches, max_sequences
         self._forward = partial(
             get_forward_backward_func(),
@@ -100,7 +99,7 @@ class Validation:
         self._model.eval()
         try:
             with torch.no_grad(), _generators_untouched():
-                sums = self._measure(islice(self._split, self._max_sequences))
+                sums = self._measure()
         finally:
             self._model.train()
         if not sums.trained_tokens:
@@ -108,18 +107,12 @@ class Validation:
             raise ValueError(f"no token of the validation split is trained: raise {sets}, and write the shards again")
         return means("validation_loss", sums.losses, sums.trained)
 
-    def _measure(self, batches: Iterable[PackedBatch]) -> Sums:
-        stream, held, parts = iter(batches), deque[PackedBatch](), list[Any]()
-        feed = Feed(_emptying(held), self._device, self._sets)
-        while chunk := list(islice(stream, self._num_micro_batches)):  # how many have to be known beforehand
-            held.extend(chunk)
-            parts += self._forward(data_iterator=feed, num_microbatches=len(chunk))
+    def _measure(self) -> Sums:
+        batches = None if self.split is None else islice(self.split, self._max_sequences)
+        feed, parts = Feed(batches, self._device, self._sets), list[Any]()
+        while number := feed.fetch(self._num_micro_batches):  # how many there are has to be known beforehand
+            parts += self._forward(data_iterator=feed, num_microbatches=number)
         return reduce(parts, feed, self._device)
-
-
-def _emptying(held: deque[PackedBatch]) -> Iterator[PackedBatch]:
-    while True:
-        yield held.popleft()
 
 
 @contextmanager
