@@ -143,10 +143,13 @@ class Data(Tree):
     """Share of samples that may be unusable (broken image, malformed conversation, too long) before a run stops."""
     workers: int = Field(ge=0)
     """Loader processes per data-parallel rank."""
+    shuffle_run: int = Field(gt=0)
+    """Samples read one after the other from a shard before the next place is drawn. 1 makes every epoch a new
+    permutation; longer runs suit disks that only stream, and need a buffer of many runs."""
     shuffle_buffer: int = Field(gt=0)
-    """Samples held for shuffling per loader process."""
+    """Samples held for shuffling per loader process, pictures compressed. 1 holds none."""
     packing_buffer: int = Field(gt=0)
-    """Samples held while packing sequences; more fills sequences better."""
+    """Samples held while packing sequences, pictures compressed; more fills sequences better."""
     sets: dict[str, DataSet]
 
 

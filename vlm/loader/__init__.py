@@ -162,7 +162,7 @@ def _training(
             worker_config=workers,
             batch_size=None,
             shuffle_buffer_size=settings.shuffle_buffer,
-            max_samples_per_sequence=100,
+            max_samples_per_sequence=settings.shuffle_run,
             packing_buffer_size=settings.packing_buffer,
             task_encoder=Encoder(preparation, rejection.allowed),
         )

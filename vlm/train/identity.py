@@ -37,7 +37,9 @@ def describe(config: Config, stage: str, parent: str, data: dict[str, str]) -> d
         **_flatten("models.language", config.models.language.model_dump(include={"image_token"})),
         **_flatten("models.vision", config.models.vision.model_dump(include={"feature_layer"})),
         **_flatten("models.projector", config.models.projector.model_dump(exclude={"init_std"})),
-        **_flatten("data", config.data.model_dump(include={"image_resize", "shuffle_buffer", "packing_buffer"})),
+        **_flatten(
+            "data", config.data.model_dump(include={"image_resize", "shuffle_run", "shuffle_buffer", "packing_buffer"})
+        ),
         **_flatten(f"stages.{stage}", settings),
         "parent": parent,
     }

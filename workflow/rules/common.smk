@@ -35,7 +35,7 @@ BENCHMARKS = CONFIG.evaluation.benchmarks
 SOURCES = {**CONFIG.data.sets, **EVALUATIONS, **BENCHMARKS}
 ON_THE_WAY = 5
 """Priority of what training waits for; evaluation (0) fills the cores that are left."""
-SAMPLING = ("image_resize", "shuffle_buffer", "packing_buffer")
+SAMPLING = ("image_resize", "shuffle_run", "shuffle_buffer", "packing_buffer")
 CAPTION_SET = next(iter(CONFIG.stages[STAGES[0]].data))
 
 
