@@ -78,7 +78,7 @@ def test_standard_errors_are_those_of_leaving_one_image_out(monkeypatch: pytest.
 
     monkeypatch.setattr(captions, "_meteor", lambda truth, guess: (0.5, [0.25, 0.5, 0.75, 0.5]))
     references = REFERENCES | {11: ["a red dog", "a dog"]}
-    said = CAPTIONS | {11: "a green dog runs"}
+    said = CAPTIONS | {3: "a green star", 11: "a green dog"}  # shorter than the references together
     metrics, errors = captions.measure(references, said)
     with captions.java():
         texts = captions.tokenise([text for image in references for text in [said[image], *references[image]]])

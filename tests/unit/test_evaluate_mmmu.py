@@ -201,7 +201,7 @@ def test_result_files_of_mmmu_pro(tmp_path: Path, setting: str) -> None:
     path = tmp_path / setting / "test-00000-of-00001.parquet"
     path.parent.mkdir()
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    responses = ["Answer: J", "(J)", "Answer: A", "hm"]
+    responses = ["Answer:J", "(J)", "Answer: A", "hm"]  # MMMU itself finds no letter after a colon
     lines = [
         {key: row[key] for key in ("id", "options", "answer", "subject")} | {"response": response}
         for row, response in zip(rows, responses, strict=True)

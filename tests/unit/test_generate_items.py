@@ -7,9 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_fixtures import mmmu_row, write_coco, write_config, write_mmmu, write_pictures
+from evaluation_fixtures import (
+    benchmark_rows,
+    mmmu_row,
+    overlay,
+    write_benchmark,
+    write_coco,
+    write_config,
+    write_mmmu,
+    write_pictures,
+)
 
 from vlm import config as configuration
+from vlm.benchmarks import BENCHMARKS, read_to_score
 from vlm.generate import items
 from vlm.tiny import datasets
 
@@ -139,3 +149,67 @@ def test_a_template_that_cannot_be_filled_is_refused_by_key(tmp_path: Path) -> N
     seeded = configuration.load(write_config(tmp_path / "config.yaml", evaluation=changes))
     with pytest.raises(ValueError, match=r"evaluation\.mmmu\.prompt_open: cannot be filled"):
         mmmu(seeded, tmp_path, mmmu_row("validation_Shapes_2", "What?", [], images=1))
+
+
+def benchmark(folder: Path, name: str, rows: list[dict[str, Any]] | None = None, **changes: Any) -> list[items.Item]:
+    section = overlay("benchmarks")["evaluation"][name] | changes
+    settings = configuration.load(write_config(folder / "config.yaml", evaluation={name: section}))
+    return items.TASKS[name].read(settings, write_benchmark(folder / name, name, rows))
+
+
+PROMPTS = {
+    "vqav2": "What is it?\nAnswer the question using a single word or phrase.",
+    "textvqa": "What is it?\nAnswer the question using a single word, phrase, or number.",
+    "chartqa": "What is it?\nAnswer the question using a single word or phrase.",
+    "ai2d": "What is it?\nA. leaf\nB. root\nC. stem\nAnswer with the option's letter from the given choices directly.",
+    "realworldqa": "Which way?\nA. Left\nB. Right\nAnswer with the letter.",
+    "docvqa": "What is it?\nAnswer the question using a single word, phrase, or number.",
+    "infovqa": "What is it?\nAnswer the question using a single word, phrase, or number.",
+    "mathvista": "What is it?\nA. 3/11\nB. 8/11\nAnswer with the option's letter from the given choices directly.",
+    "ocrbench": "What is it?",
+    "pope": "What is it?\nAnswer the question using a single word or phrase.",
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmarks_are_asked_as_the_reference_asks(tmp_path: Path, name: str) -> None:
+    read = benchmark(tmp_path, name)
+    assert read[0].prompt == f"<image>\n{PROMPTS[name]}"
+    assert [item.id for item in read] == list(read_to_score([tmp_path / name], name, BENCHMARKS[name].split))
+    assert [item.opened() for item in read] == [[row[BENCHMARKS[name].image]["bytes"]] for row in benchmark_rows(name)]
+    assert [item.part for item in read] == [0, 0, 1]  # row groups of two
+    assert len({item.image for item in read}) == 3 and not any(item.record for item in read)
+
+
+def test_mathvista_asks_for_the_kind_of_answer(tmp_path: Path) -> None:
+    assert benchmark(tmp_path, "mathvista")[1].prompt == "<image>\nBe short.\nQuestion: How many?"
+
+
+def test_questions_of_several_files_are_numbered_on(tmp_path: Path) -> None:
+    rows = benchmark_rows("ai2d")
+    write_benchmark(tmp_path / "ai2d", "ai2d", rows[:2])
+    first = tmp_path / "ai2d/data/test-00000-of-00001.parquet"
+    first.rename(first.with_name("test-00000-of-00000.parquet"))
+    read = benchmark(tmp_path, "ai2d", rows[2:])
+    assert [(item.id, item.part) for item in read] == [("0", 0), ("1", 0), ("2", 1)]
+
+
+def test_benchmarks_that_cannot_be_asked_are_refused(settings: configuration.Config, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"evaluation\.pope: is not set"):
+        items.TASKS["pope"].settings(settings)
+    with pytest.raises(ValueError, match=r"evaluation\.pope\.prompt: cannot be filled \('text'\), allowed are"):
+        benchmark(tmp_path, "pope", prompt="{text}")
+    rows = [{key: value for key, value in row.items() if key != "image"} for row in benchmark_rows("pope")]
+    with pytest.raises(ValueError, match="columns image are missing, is it POPE's"):
+        benchmark(tmp_path, "pope", rows)
+    with pytest.raises(ValueError, match=r"holds no data/dev-\*\.parquet \(evaluation\.pope\.split\)"):
+        benchmark(tmp_path, "pope", split="dev")
+    rows = benchmark_rows("pope")
+    with pytest.raises(ValueError, match="1 ids occur more than once, first popular_0"):
+        benchmark(tmp_path, "pope", [*rows, rows[0]])
+    rows[2] |= {"image": None}
+    with pytest.raises(ValueError, match="row 0 of row group 1 has no `image`"):
+        benchmark(tmp_path, "pope", rows)[2].opened()
+    options = [benchmark_rows("ai2d")[0] | {"options": [str(n) for n in range(27)]}]
+    with pytest.raises(ValueError, match="question 0 has 27 options"):
+        benchmark(tmp_path, "ai2d", options)

@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_fixtures import mmmu_row, write_coco, write_config, write_mmmu, write_pictures
+from evaluation_fixtures import (
+    benchmark_rows,
+    mmmu_row,
+    overlay,
+    write_benchmark,
+    write_coco,
+    write_config,
+    write_mmmu,
+    write_pictures,
+)
 
-from vlm.evaluate import captions, mmmu
+from vlm.evaluate import answers, captions, mmmu
 from vlm.generate import speaker, tasks
 
 IMAGES = [4, 1, 9, 12, 7, 30, 22]
@@ -58,6 +67,18 @@ class Talker(StandIn):
         return [f"{prompt.split(':')[0]} heard {prompt.count('|')}" for prompt in prompts]
 
 
+class Keeper(StandIn):
+    """Keeps the pictures that it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: dict[str, bytes] = {}
+
+    def prompt(self, text: str, pictures: tuple[Any, ...], name: str) -> str:
+        (self.shown[name],) = pictures
+        return name
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., StandIn]:
     write_coco(tmp_path / "coco/annotations/captions_val2014.json", {image: ["a"] for image in IMAGES})
@@ -72,7 +93,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., StandI
         monkeypatch.setattr(speaker, "identity", lambda folder: folder.name * 30)
         settings = {"evaluation": {"batch_size": BATCH} | changes}
         config = write_config(tmp_path / "config.yaml", **settings)
-        source = tmp_path / ("mmmu" if task == "mmmu" else "coco")
+        source = tmp_path / (task if task in ("mmmu", "pope") else "coco")
         tasks.generate(config, Path(checkpoint), task, source, out)
         return model
 
@@ -228,3 +249,19 @@ def test_mmmu_lines_score_as_they_are(run: Callable[..., StandIn], tmp_path: Pat
     score = json.loads((tmp_path / "score.json").read_text())
     # "a – <id> of 4" is five words, too short to look for an option's text, and ends in the number 4.
     assert (score["num_fallback"], score["num_correct"], score["num_questions"]) == (5, 1, 6)
+
+
+def test_a_benchmark_is_asked_part_by_part_and_scores_as_it_is(run: Callable[..., StandIn], tmp_path: Path) -> None:
+    rows = [
+        benchmark_rows("pope")[0] | {"question_id": str(n), "question": "Why? " * (n + 1), "category": "random"}
+        for n in range(5)
+    ]
+    write_benchmark(tmp_path / "pope", "pope", rows, row_group_size=3)
+    out, section = tmp_path / "pope.jsonl", overlay("benchmarks")["evaluation"]["pope"]
+    model = run(out, Keeper(), task="pope", pope=section)
+    assert [line["id"] for line in lines(out)] == [f"random_{n}" for n in range(5)]
+    # Longest first in each row group, although the longest of all are in the second.
+    assert model.batches == [["random_2", "random_1", "random_0"], ["random_4", "random_3"]]
+    assert model.shown == {f"random_{n}": row["image"]["bytes"] for n, row in enumerate(rows)}
+    answers.score("pope", [tmp_path / "pope"], [out], tmp_path / "score.json")
+    assert json.loads((tmp_path / "score.json").read_text())["num_items"] == 5

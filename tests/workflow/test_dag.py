@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from workspace import ROOT, Snakemake, jobs
 
 
@@ -37,6 +38,28 @@ def test_full_recipe_fetches_and_shares_the_miniatures_steps(snakemake: Snakemak
     assert {job for job in full if not models.fullmatch(job)} - tiny == fetched
 
 
+def test_benchmarks_of_an_overlay_are_fetched_asked_and_scored(snakemake: Snakemake) -> None:
+    """Also beside the rendered data of the miniature. Two benchmarks of one repository fetch it once."""
+    before = jobs(snakemake("all", "-n").stdout)
+    both = ("--configfile", "config/tiny.yaml", "config/benchmarks.yaml")
+    plan = snakemake("all", "-n", "-p", *both).stdout
+    added = jobs(plan) - before
+    fetched = {job for job in added if job.startswith("Fetching")}
+    assert "Fetching the data of docvqa and infovqa from lmms-lab/DocVQA" in fetched
+    assert "--include 'DocVQA/validation-*' --include 'InfographicVQA/validation-*'" in plan
+    names = set(yaml.safe_load((ROOT / "config/benchmarks.yaml").read_text())["evaluation"])
+    assert len(fetched) == len(names) - 1
+    for model in ("combined", "pretrain", "sft"):
+        for name in names:
+            assert {f"Generating {name} with the model {model}", f"Scoring {name} of the model {model}"} <= added
+    assert len(added) == len(fetched) + 6 * len(names), "something else depends on the benchmarks"
+    assert jobs(snakemake("pope_scores", "-n", *both).stdout) & added == {
+        "Fetching the data of pope from lmms-lab/POPE",
+        *(f"Generating pope with the model {model}" for model in ("combined", "pretrain", "sft")),
+        *(f"Scoring pope of the model {model}" for model in ("combined", "pretrain", "sft")),
+    }
+
+
 STAGE = (
     "{start_from: %s, trainable: [projector], data: {sft: 1.0}, prompt: instruction, sequence_length: 1024, "
     "global_batch: 4, iterations: 5, save_interval: 5, log_interval: 5, optimizer: {lr: 1e-3, min_lr: 0, "
@@ -62,6 +85,11 @@ def test_the_last_stage_is_the_one_that_no_other_starts_from(snakemake: Snakemak
         pytest.param("stages={pretrain: {start_from: sft}}", ["circle"], id="stages-in-a-circle"),
         pytest.param("data={sets: {mmmu: {source: a}}}", ["data.sets.mmmu"], id="set-named-as-evaluation"),
         pytest.param("data={sets: {sft: {source: other/coco}}}", ["coco"], id="two-sources-in-one-folder"),
+        pytest.param(
+            "evaluation={ocrbench: {source: data/coco, revision: v2, split: test, prompt: a, max_new_tokens: 1}}",
+            ["'captions' and 'ocrbench'", "coco"],
+            id="two-revisions-in-one-folder",
+        ),
         pytest.param("parallel={nodes: 2}", ["parallel.nodes"], id="several-machines"),
         pytest.param("stages={sft: {data: {sft: -1}}}", ["stages.sft.data.sft"], id="negative-weight"),
         pytest.param(f"stages={{export: {STAGE % 'sft'}}}", ["stages.export", "taken"], id="stage-named-as-a-rule"),
