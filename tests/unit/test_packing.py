@@ -38,3 +38,10 @@ def test_mixed_lengths_fill_the_sequences() -> None:
 def test_a_full_sequence_and_no_sample() -> None:
     assert best_fit([10, 10], 10) == [[0], [1]]
     assert best_fit([], 10) == []
+
+
+def test_lengths_that_are_nearly_alike_fill_the_sequences() -> None:
+    """Sixteen captions fit, sixteen of the longest do not."""
+    draw = random.Random(0)
+    lengths = [draw.randint(590, 640) for _ in range(256)]
+    assert len(best_fit(lengths, 9984)) == 16
