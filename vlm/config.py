@@ -115,7 +115,7 @@ class Parallel(Tree):
                 f"{self.tensor * self.pipeline}"
             )
         if self.sequence and self.tensor == 1:
-            raise ValueError("sequence: true needs tensor > 1")
+            raise ValueError("sequence: true needs tensor > 1, which is 1")
         return self
 
 

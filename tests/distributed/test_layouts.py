@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import toy_run
 from toy_run import GLOBAL_BATCH, SAVED
 
@@ -145,7 +141,15 @@ def test_the_same_layout_goes_on_to_the_bit(runs, layout):
 def test_what_cannot_be_carried_over_is_refused(runs, now, options, message):
     out = runs.resumed("alone", now, f"refused-{now}", **options)
     log = (out / "log").read_text()
-    assert [line for line in log.splitlines() if line.startswith("refused")]
 
     assert re.search("refused: " + message, log)
     assert len(toy_run.curve(out)) == toy_run.ITERATIONS, "metrics were touched before the refusal"
+
+
+@pytest.mark.parametrize("layout", ["tensor+sequence+pipeline", "tensor+data"])
+def test_every_rank_stops_and_names_the_samples_of_the_broken_batch(runs, layout):
+    out = toy_run.run(runs.folder, runs.folder / "runs" / f"broken-{layout}", broken=6, **LAYOUTS[layout])
+    messages = re.findall("refused: .*", (out / "log").read_text())
+    assert len(messages) == 4 and len(set(messages)) == 1
+    assert messages[0].startswith("refused: sft: iteration 2 is not finite: loss nan")
+    assert "samples: captions/6-0, dialogues/6-1. The last good" in messages[0]

@@ -97,15 +97,19 @@ def settings(path: Path, *, dtype: str = "float32", workers: int = 0, **parallel
     return write_config(path, stages=stages, dtype=dtype, data__workers=workers, **PROJECTOR, **layout)
 
 
-def train(config: Path, stage: str, start_from: Path, data: Path, out: Path, first: int) -> None:
+def train(
+    config: Path, stage: str, start_from: Path, data: Path, out: Path, first: int, broken: int | None = None
+) -> None:
     """Runs on every rank: a stage to its end, saying to `out/log` what it has to say.
 
     Args:
         first: number of the first batch, for a loader that starts anew in the middle.
+        broken: number of a batch whose loss is not a number.
     """
     from vlm import config as configuration
     from vlm import loader, parallel
     from vlm.train import plan, trainer
+    from vlm.train.step import NonFiniteError
     from vlm.train.stop import Stop
 
     def build(config: Any, *_: Any, rank: int, world: int, **__: Any) -> Numbered:
@@ -115,21 +119,45 @@ def train(config: Path, stage: str, start_from: Path, data: Path, out: Path, fir
         return Numbered(first, rank, world)
 
     loader.build = build
+    _break(broken)
     with open(out / "log", "a", buffering=1) as sys.stderr:
         prepared = plan.prepare(configuration.load(config), stage, start_from, data, out)
         parallel.initialize(prepared.config.parallel, prepared.config.seed)
         try:
             with trainer.Trainer(prepared, Stop()) as run:
                 run.train()
-        except ValueError as error:
+        except (ValueError, NonFiniteError) as error:
             print(f"refused: {error}", file=sys.stderr)
 
 
-def run(folder: Path, out: Path, stage: str = "sft", start_from: Path | None = None, first: int = 0, **layout: Any):
+def _break(number: int | None) -> None:
+    from vlm.model.language import LanguageModel
+    from vlm.model.llava import Llava
+
+    forward, losses = Llava.forward, LanguageModel.losses
+
+    def watched(model: Any, packed: PackedBatch) -> Any:
+        bad = packed.sample_keys[0].startswith(f"{SETS[0]}/{number}-")
+        LanguageModel.losses = lambda *arguments: losses(*arguments) * (float("nan") if bad else 1.0)
+        return forward(model, packed)
+
+    if number is not None:
+        Llava.forward = watched
+
+
+def run(
+    folder: Path,
+    out: Path,
+    stage: str = "sft",
+    start_from: Path | None = None,
+    first: int = 0,
+    broken: int | None = None,
+    **layout: Any,
+) -> Path:
     """Train a stage of `folder` in processes of their own; returns `out`."""
     out.mkdir(parents=True, exist_ok=True)
     arguments = settings(out / "config.yaml", **layout), stage, start_from or folder / "combined", folder / "data", out
-    ranks.launch(layout.get("ranks_per_node", 1), train, *arguments, first)
+    ranks.launch(layout.get("ranks_per_node", 1), train, *arguments, first, broken)
     return out
 
 

@@ -189,13 +189,22 @@ def test_a_resumed_stage_is_the_undisturbed_one(tmp_path, combined, settings, st
     for parameter in resumed.model.parameters():
         parameter.data.zero_()
     found = resumed.load(tmp_path)
-    assert found == checkpoint.Resumed(3, b"\x00place\xff", {"totals": {"tokens": 7}})
+    alone = {"tensor": 1, "pipeline": 1, "data": 1}
+    assert found == checkpoint.Resumed(3, b"\x00place\xff", {"totals": {"tokens": 7}}, alone)
     resumed.steps(4)
     assert torch.equal(torch.randn(5), drawn)
     assert_equal(weights(resumed.model), weights(undisturbed.model))
     assert resumed.optimizer.param_groups[0]["lr"] == undisturbed.optimizer.param_groups[0]["lr"]
     held = {key.split(".")[0] for key, place in Tensors(saved).folders.items() if place == saved}
     assert held == {"vision_projection"} | ({"language_model"} if stage == "sft" else set())
+
+
+@pytest.mark.parametrize("name", ["rank_00000.pt", "data_00000.pt"])
+def test_a_stage_without_a_rank_s_file_is_refused_by_name(tmp_path, combined, settings, name):
+    training = Training(combined, "pretrain", "float32", settings)
+    (training.save(tmp_path, combined, 1) / name).unlink()
+    with pytest.raises(ValueError, match=f"{name}: is missing; remove its folder"):
+        training.load(tmp_path)
 
 
 def test_a_chain_of_stages_moves_as_a_whole(tmp_path, combined, settings):

@@ -84,6 +84,19 @@ def test_the_full_recipe_says_every_key_itself() -> None:
         pytest.param("stages.sft.trainable", [], ["stages.sft.trainable"], id="nothing-to-train"),
         pytest.param("parallel.tensor", 3, ["parallel", "tensor x pipeline = 3"], id="tensor-over-ranks"),
         pytest.param("parallel.sequence", "yes please", ["parallel.sequence"], id="not-a-truth-value"),
+        pytest.param("parallel.pipeline", 3, ["= 8 is not", "tensor x pipeline = 12"], id="pipeline-over-ranks"),
+        pytest.param(
+            "models.projector.hidden_size",
+            4098,
+            ["models.projector.hidden_size: 4098", "parallel.tensor 4"],
+            id="projector-over-tensor",
+        ),
+        pytest.param(
+            "parallel",
+            merged()["parallel"] | {"tensor": 1, "sequence": True},
+            ["parallel: sequence: true needs tensor > 1, which is 1"],
+            id="sequence-of-one",
+        ),
     ],
 )
 def test_a_mistake_is_refused_with_its_key(key: str, value: Any, words: list[str]) -> None:

@@ -57,6 +57,31 @@ def test_freeze_leaves_gradients_to_the_trainable_parts(model):
             assert all((g is not None and bool(g.any())) == chosen for g in gradients), (trainable, name)
 
 
+@pytest.mark.parametrize("trainable", [["projector"], ["projector", "language"]], ids="+".join)
+def test_recomputation_runs_language_layers_again_and_changes_nothing(trainable):
+    batch, found = fixtures.packed([(31, 1), (20, 0)]), []
+    for recompute in (False, True):
+        parallel.seed_everything(3)
+        model = build(LANGUAGE, VISION, fixtures.settings(recompute=recompute))
+        model.freeze(trainable)
+        calls = []
+        for part in (model.vision_model, model.language_model):
+            for layer in part.decoder.layers:
+                layer.register_forward_hook(lambda *_, part=part, calls=calls: calls.append(part))
+        losses = model(batch)
+        losses.sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((losses, gradients))
+        assert calls.count(model.language_model) == 3 * (1 + recompute)
+        assert calls.count(model.vision_model) == 3
+        calls.clear()
+        model.eval()(batch)
+        assert calls.count(model.language_model) == 3, "evaluation has no backward pass to save for"
+    (losses, gradients), (losses_again, gradients_again) = found
+    assert torch.equal(losses, losses_again) and gradients.keys() == gradients_again.keys()
+    assert all(torch.equal(gradients[name], gradients_again[name]) for name in gradients)
+
+
 def test_frozen_vision_model_builds_no_graph(model):
     batch = fixtures.packed([(31, 1)])
     model.freeze(["projector"])

@@ -93,8 +93,12 @@ def test_plan_of_a_good_stage(place):
         ({"data__image_resize": "crop"}, r"data\.image_resize: is 'crop', but .* with 'square'"),
         ({"stages__pretrain__sequence_length": 68}, r"stages\.pretrain\.sequence_length: 68 .* 64 tokens .* 69 are"),
         (
-            {"parallel__ranks_per_node": 3, "parallel__tensor": 3, "stages__sft__global_batch": 33},
-            r"num_attention_heads 4 is not a multiple of parallel\.tensor 3",
+            {"parallel__ranks_per_node": 8, "parallel__tensor": 8},
+            r"num_attention_heads 4 is not a multiple of parallel\.tensor 8",
+        ),
+        (
+            {"parallel__ranks_per_node": 4, "parallel__pipeline": 4},
+            r"num_hidden_layers 2 is not a multiple of parallel\.pipeline 4",
         ),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",

@@ -140,12 +140,10 @@ class Step:
         broken = [not bool(torch.isfinite(losses_K).all()) for losses_K in parts]
         chosen = [keys for keys, bad in zip(self._feed.keys, broken, strict=False) if bad]
         mine = (any(broken), chosen if any(broken) else self._feed.keys)
-        world = parallel_state.get_data_parallel_world_size()
-        everyone: list[Any] = [mine]
-        if world > 1:
-            everyone = [None] * world
-            torch.distributed.all_gather_object(everyone, mine, group=parallel_state.get_data_parallel_group())
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, mine)  # only the last stages of pipelines know what is broken
         any_broken = any(bad for bad, _ in everyone)
-        keys = [key for bad, groups in everyone if bad or not any_broken for group in groups for key in group]
+        found = [key for bad, groups in everyone if bad or not any_broken for group in groups for key in group]
+        keys = dict.fromkeys(found)
         loss = sums.loss_sum / max(sums.trained_tokens, 1)
         return f"loss {loss}, gradient norm {gradient_norm}; samples: {', '.join(keys)}"
