@@ -150,10 +150,9 @@ def writing(
         put_in_place(folder, out)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        if _is_disk_full(error):
-            raise ValueError(
-                f"{out}: its disk became full; {needed_bytes:,} bytes are needed, nothing is left"
-            ) from error
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            needed = f"{needed_bytes:,} bytes are needed, " if needed_bytes else ""
+            raise ValueError(f"{out}: its disk became full; {needed}nothing of it is left") from error
         raise
 
 
@@ -168,12 +167,3 @@ def _check_place(out: Path, reads: Iterable[Path], replaces: str | None) -> None
         raise ValueError(f"{out}: holds other files (there is no {replaces}), which would be lost; name a new folder")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; name a new folder")
-
-
-def _is_disk_full(error: BaseException | None) -> bool:
-    """Whether that is what an exception is about; torch reports it as an error of its own kind."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -125,7 +125,10 @@ def write_tensors(folder: Path, specs: Mapping[str, Spec], make: Callable[[str],
     """
     with _alone():
         dcp.save({}, storage_writer=Writer(folder), planner=_StreamPlanner(specs, make), no_dist=True)
-    torch.save({"content_metadata": METADATA}, folder / "common.pt")
+    with open(
+        folder / "common.pt", "wb"
+    ) as stream:  # by its name, torch would report a full disk as an error of its own
+        torch.save({"content_metadata": METADATA}, stream)
     (folder / "metadata.json").write_text(json.dumps(_FORMAT))
 
 
