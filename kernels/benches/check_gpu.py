@@ -236,6 +236,8 @@ def tune_attention() -> None:
 
         for part in ("forward", "query gradient", "key gradient"):
             key = (part, shape.head_dim, False)
+            if shape.lengths and (packed := (f"packed {part}", *key[1:])) in module.TILES:
+                key = packed
             chosen = module.TILES[key]
             for candidate in NEIGHBOURS[part, shape.head_dim]:
                 module.TILES[key] = module.Tiles(*candidate)
@@ -263,6 +265,7 @@ def check_projector(patches: int = 576, vision: int = 1024, hidden: int = 4096, 
             return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * scale
 
         x, bias = random(num_pictures, 1 + patches, vision), random(hidden)
+        rows = x.flatten(0, 1)
         fc1, fc2 = random(hidden, vision, scale=vision**-0.5), random(language, hidden, scale=hidden**-0.5)
         into = random(num_pictures * 1024, language)
         starts = torch.arange(num_pictures, device="cuda")[:, None] * 1024 + 1
@@ -277,7 +280,7 @@ def check_projector(patches: int = 576, vision: int = 1024, hidden: int = 4096, 
 
         with torch.no_grad():
             first = {
-                keep: milliseconds(lambda k=keep, x=x, w=fc1, b=bias: _first_layer(x, w, b, False, k))
+                keep: milliseconds(lambda k=keep, x=rows, w=fc1, b=bias: _first_layer(x, w, b, 1 + patches, False, k))
                 for keep in (True, False)
             }
         whole = milliseconds(both)

@@ -39,18 +39,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlm_kernels import reference
-from vlm_kernels.product import Tiles, options, product, tile_of_program
+from vlm_kernels.product import BAND, PROGRAMS, Tiles, aligned, descriptor, options, product, tile_at
 
 INTERPRETED = triton.knobs.runtime.interpret  # as the decorators below read it
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = math.log(2)
 PIECE_BYTES = 64 * 2**20  # of z in backward, not tuned yet: in bf16, 1024 rows of 32768 words are one piece
-PROGRAMS = 528  # four per multiprocessor of an H100 or H200: enough for an even end, few enough for long runs
 
 
 # By "fp32?". The widest tile whose accumulator (128 registers of a thread) and softmax fit without a spill on sm_90, as
-# tests/kernels/test_cross_entropy.py compiles it. Not timed yet.
+# tests/kernels/test_cross_entropy.py compiles it.
 LOGITS = {False: Tiles(128, 256, 64, 8, 3), True: Tiles(32, 32, 32, 4, 2)}
 WORDS = 4096  # logits of one row that a program of the plain loss reads at once
 
@@ -62,18 +61,15 @@ WORDS = 4096  # logits of one row that a program of the plain loss reads at once
     do_not_specialize_on_alignment=["picked_ptr", "top_ptr", "total_ptr"],
 )
 def _statistics_kernel(
-    h_ptr, w_ptr, target_ptr,  # [R, D], [V, D], [R] int64 into the whole vocabulary
+    h, w, target_ptr,  # [R, D], [V, D], [R] int64 into the whole vocabulary
     top_ptr, total_ptr, picked_ptr,  # fp32 [S, R], [S, R], [R]
-    num_rows, num_words, dim, stride_h, stride_w, num_runs, run_words, first_word,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, BAND: tl.constexpr,
+    num_rows, num_words, dim, num_runs, run_words, first_word,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    row_tile, run = tile_of_program(tl.cdiv(num_rows, BLOCK_M), num_runs, BAND)
+    row_tile, run = tile_at(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), num_runs, BAND)
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Rows and words past the end repeat the last one, which spares the loads a mask.
-    h_row = tl.minimum(row, num_rows - 1).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    h_ptrs = h_ptr + h_row[:, None] * stride_h + k[None, :]
-    target = tl.load(target_ptr + h_row) - first_word
+    inside = row < num_rows
+    target = tl.load(target_ptr + row, mask=inside, other=0) - first_word
 
     low = run * run_words
     high = tl.minimum(low + run_words, num_words)
@@ -82,15 +78,12 @@ def _statistics_kernel(
     picked = tl.zeros([BLOCK_M], tl.float32)
     for first in tl.range(low, high, BLOCK_N):
         word = first + tl.arange(0, BLOCK_N)
-        w_word = tl.minimum(word, num_words - 1).to(tl.int64)
-        w_ptrs = w_ptr + w_word[None, :] * stride_w + k[:, None]
-        x = product(h_ptrs, w_ptrs, dim, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K) * LOG2_E
+        x = product(h, w, row_tile * BLOCK_M, first, dim, BLOCK_M, BLOCK_N, BLOCK_K) * LOG2_E
         x = tl.where((word < high)[None, :], x, float("-inf"))
         new_top = tl.maximum(top, tl.max(x, 1))
         total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(x - new_top[:, None]), 1)
         picked += tl.sum(tl.where(word[None, :] == target[:, None], x, 0.0), 1)
         top = new_top
-    inside = row < num_rows
     place = run.to(tl.int64) * num_rows + row
     tl.store(top_ptr + place, top, mask=inside)
     tl.store(total_ptr + place, total, mask=inside)
@@ -124,27 +117,26 @@ def _merge_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "first_word"])
 def _logit_gradient_kernel(
-    h_ptr, w_ptr, target_ptr, lse_ptr, g_ptr,  # [R, D], [V, D], [R] int64, [R] fp32 (log2), [R] fp32
-    z_ptr,  # [R, V], contiguous
-    num_rows, num_words, dim, stride_h, stride_w, first_word,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, BAND: tl.constexpr,
+    h, w, target_ptr, lse_ptr, g_ptr,  # [R, D], [V, D], [R] int64, [R] fp32 (log2), [R] fp32
+    z_out,  # [R, V]
+    num_rows, num_words, dim, first_word,
+    PROGRAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    row_tile, word_tile = tile_of_program(tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_words, BLOCK_N), BAND)
-    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    word = word_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    h_row = tl.minimum(row, num_rows - 1).to(tl.int64)
-    w_word = tl.minimum(word, num_words - 1).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    h_ptrs = h_ptr + h_row[:, None] * stride_h + k[None, :]
-    w_ptrs = w_ptr + w_word[None, :] * stride_w + k[:, None]
-    x = product(h_ptrs, w_ptrs, dim, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K) * LOG2_E
-    target = tl.load(target_ptr + h_row) - first_word
-    lse = tl.load(lse_ptr + h_row)
-    g = tl.load(g_ptr + h_row)
-    p = tl.exp2(x - lse[:, None])
-    z = g[:, None] * tl.where(word[None, :] == target[:, None], p - 1.0, p)
-    z_ptrs = z_ptr + h_row[:, None] * num_words + word[None, :]
-    tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=(row < num_rows)[:, None] & (word < num_words)[None, :])
+    row_tiles = tl.cdiv(num_rows, BLOCK_M)
+    word_tiles = tl.cdiv(num_words, BLOCK_N)
+    for index in tl.range(tl.program_id(0), row_tiles * word_tiles, PROGRAMS, flatten=True):
+        row_tile, word_tile = tile_at(index, row_tiles, word_tiles, BAND)
+        x = product(h, w, row_tile * BLOCK_M, word_tile * BLOCK_N, dim, BLOCK_M, BLOCK_N, BLOCK_K) * LOG2_E
+        row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        word = word_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = row < num_rows
+        target = tl.load(target_ptr + row, mask=inside, other=0) - first_word
+        lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
+        g = tl.load(g_ptr + row, mask=inside, other=0.0)
+        p = tl.exp2(x - lse[:, None])
+        z = g[:, None] * tl.where(word[None, :] == target[:, None], p - 1.0, p)
+        z_out.store([row_tile * BLOCK_M, word_tile * BLOCK_N], z.to(z_out.dtype))
 
 
 @triton.jit(do_not_specialize=["first_word", "ignored"])
@@ -225,7 +217,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kept = None
         if num_kept < num_rows:
             # The kept rows in order, without asking the device how many: that is known.
-            kept = (target == ignore_index).to(torch.int8).argsort(stable=True)[:num_kept]
+            kept = torch.nonzero_static(target != ignore_index, size=num_kept).squeeze(1)
             hidden, target = hidden.index_select(0, kept), target.index_select(0, kept)
         ctx.group, ctx.num_rows = group, num_rows
         if not num_kept:
@@ -259,14 +251,15 @@ def _statistics(hidden: Tensor, weight: Tensor, target: Tensor, first_word: int)
     (num_rows, dim), num_words = hidden.shape, len(weight)
     tiles = LOGITS[hidden.dtype == torch.float32]
     row_tiles, word_tiles = triton.cdiv(num_rows, tiles.block_m), triton.cdiv(num_words, tiles.block_n)
-    run_words = tiles.block_n * triton.cdiv(word_tiles, max(PROGRAMS // row_tiles, 1))
+    # Each program takes a run of words for its row tile. The runs of one band of row tiles fill the GPU once.
+    run_words = tiles.block_n * triton.cdiv(word_tiles, max(PROGRAMS // min(row_tiles, BAND), 1))
     num_runs = triton.cdiv(num_words, run_words)
     out = hidden.new_zeros(3, num_rows, dtype=torch.float32)
     top, total = out.new_empty(2, num_runs, num_rows).unbind()
     with torch.cuda.device_of(hidden):
         _statistics_kernel[(row_tiles * num_runs,)](
-            hidden, weight, target, top, total, out[2], num_rows, num_words, dim, hidden.stride(0), weight.stride(0),
-            num_runs, run_words, first_word, **options(tiles, dim),
+            descriptor(hidden, tiles.block_m, tiles.block_k), descriptor(weight, tiles.block_n, tiles.block_k),
+            target, top, total, out[2], num_rows, num_words, dim, num_runs, run_words, first_word, **options(tiles),
         )  # fmt: skip
         _merge_kernel[(triton.cdiv(num_rows, 128),)](
             top, total, out[0], out[1], num_rows, num_runs, BLOCK=128, num_warps=4
@@ -286,12 +279,13 @@ def _gradients(
     carried = hidden.new_zeros(hidden.shape, dtype=torch.float32) if need_h and need_w and len(pieces) > 1 else None
     for rows, words in pieces:
         h, w, t = hidden[rows], weight[words], target[rows]
-        z = h.new_empty(len(h), len(w))
-        grid = (triton.cdiv(len(h), tiles.block_m) * triton.cdiv(len(w), tiles.block_n),)
+        z = aligned(h, len(w))
+        grid = (min(PROGRAMS, triton.cdiv(len(h), tiles.block_m) * triton.cdiv(len(w), tiles.block_n)),)
         with torch.cuda.device_of(hidden):
             _logit_gradient_kernel[grid](
-                h, w, t, lse[rows], g[rows], z, len(h), len(w), dim, h.stride(0), w.stride(0),
-                first_word + words.start, **options(tiles, dim),
+                descriptor(h, tiles.block_m, tiles.block_k), descriptor(w, tiles.block_n, tiles.block_k),
+                t, lse[rows], g[rows], descriptor(z, tiles.block_m, tiles.block_n),
+                len(h), len(w), dim, first_word + words.start, PROGRAMS=PROGRAMS, **options(tiles),
             )  # fmt: skip
         if dw is not None:
             torch.mm(z.T, h, out=dw[words])

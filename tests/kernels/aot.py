@@ -17,6 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 * 1024  # what one block may use on sm_90
@@ -66,6 +67,8 @@ def compile_launch(label, kernel, arguments, keywords) -> Compiled:
             signature[name] = TYPES[value.dtype]
             if not kernel.params[position].do_not_specialize_on_alignment:
                 attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:

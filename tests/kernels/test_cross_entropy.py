@@ -71,6 +71,7 @@ def compare(got, oracle, inputs):
 def few_programs(monkeypatch):
     """Several word tiles per run and two row tiles per band, which small shapes do not reach otherwise."""
     monkeypatch.setattr(module, "PROGRAMS", 4)
+    monkeypatch.setattr(module, "BAND", 2)
     monkeypatch.setattr("vlm_kernels.product.BAND", 2)
 
 
