@@ -37,14 +37,23 @@ class Runs:
             assert train_process.finish(self.start(stage, out)) == 0, log(out)
         return out
 
-    def start(self, stage: str, out: Path, die: tuple[str, int] | None = None, **changes: Any) -> Any:
-        parent = self.workspace.combined if stage == "pretrain" else self.undisturbed("pretrain")
-        arguments = {"config": self.config, "start_from": parent, "data": self.workspace.data} | changes
-        out.parent.mkdir(parents=True, exist_ok=True)
-        return train_process.start(out.with_suffix(".log"), die, stage=stage, out=out, **arguments)
+    def start(self, stage: str, out: Path, *events: Any, **changes: Any) -> Any:
+        return train_process.start(out.with_suffix(".log"), *events, **self._arguments(stage, out, changes))
 
-    def train(self, stage: str, out: Path, die: tuple[str, int] | None = None, **changes: Any) -> int:
-        return train_process.finish(self.start(stage, out, die, **changes))
+    def start_ranks(self, stage: str, out: Path, events: Any = None, **changes: Any) -> list[Any]:
+        """Two data-parallel ranks; `changes` hold the configuration that promises them."""
+        return train_process.start_ranks(
+            out.with_suffix(".log"), 2, events or {}, **self._arguments(stage, out, changes)
+        )
+
+    def _arguments(self, stage: str, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
+        parent = self.workspace.combined if stage == "pretrain" else self.undisturbed("pretrain")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shared = {"config": self.config, "start_from": parent, "data": self.workspace.data}
+        return {**shared, "stage": stage, "out": out, **changes}
+
+    def train(self, stage: str, out: Path, *events: Any, **changes: Any) -> int:
+        return train_process.finish(self.start(stage, out, *events, **changes))
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +74,8 @@ def content(checkpoint: Path) -> dict[str, Any]:
     for name in [key for key in own["extra"]["totals"] if key.endswith("seconds")]:
         del own["extra"]["totals"][name]
     del own["extra"]["peak_memory_bytes"]
-    own["loader"] = pickle.loads(own["loader"].numpy().tobytes())  # equal states may share objects differently
+    place = torch.load(checkpoint / "data_00000.pt", weights_only=True)["loader"]
+    own["loader"] = pickle.loads(place.numpy().tobytes())  # equal states may share objects differently
     return {**tensors, "own": own, "common": torch.load(checkpoint / "common.pt", weights_only=False)}
 
 
@@ -81,8 +91,8 @@ def equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def assert_same(out: Path, reference: Path) -> None:
-    last = f"checkpoints/iteration_{ITERATIONS:07d}"
+def assert_same(out: Path, reference: Path, iterations: int = ITERATIONS) -> None:
+    last = f"checkpoints/iteration_{iterations:07d}"
     ours, theirs = content(out / last), content(reference / last)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not equal(ours[name], theirs[name])] == []
@@ -223,7 +233,8 @@ def test_other_settings_move_the_old_run_aside(runs, tmp_path):
     kept = (out / "metrics.jsonl").read_text()
     changed = train_workspace.changed(runs.config, tmp_path / "c.yaml", stages__pretrain__optimizer__lr=5.0e-3)
     elsewhere = train_workspace.changed(changed, tmp_path / "d.yaml", parallel__ranks_per_node=2)
-    assert runs.train("pretrain", out, config=elsewhere) == 2, "two processes are promised, one is started"
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    assert runs.train("pretrain", out, config=elsewhere, rank=alone) == 2, "two processes are promised, one is started"
     assert (out / "metrics.jsonl").read_text() == kept, "moved for a run that was refused"
     assert runs.train("pretrain", out, config=changed) == 0
     (previous,) = out.glob("previous-*")

@@ -16,6 +16,7 @@ from collections import deque
 from types import TracebackType
 
 import psutil
+from tqdm import tqdm
 
 EXIT_STOPPED = 75
 """`EX_TEMPFAIL` of sysexits.h: not finished, but everything is saved, and the same command goes on."""
@@ -100,11 +101,8 @@ class Stop:
         if not self._signal:
             self._signal, self._asked = number, now
             if not self._quiet:
-                print(
-                    f"vlm: {name(number)}: saving after this iteration; once more to leave at once",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                # Beside the progress bar, which an ordinary line would be glued to.
+                tqdm.write(f"vlm: {name(number)}: saving after this iteration; once more to leave at once", sys.stderr)
 
     def began(self) -> None:
         """Training begins. Until a save was timed, one is taken to last as long as everything up to here: what a
