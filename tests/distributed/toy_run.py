@@ -21,6 +21,8 @@ SEQUENCE_LENGTH, GLOBAL_BATCH, ITERATIONS = 192, 4, 20
 SAVED = ITERATIONS // 2
 SHAPES = [[(100, 1), (40, 0)], [(90, 1), (95, 1)], [(60, 0), (50, 0)]]
 """Tokens and pictures of the samples of a micro-batch; every third one has no picture."""
+VALIDATION = 10_000
+"""Number of the first validation batch; there is a global batch of them."""
 IMAGE_TOKEN = 10
 
 
@@ -44,10 +46,17 @@ class Numbered(Iterator[PackedBatch]):
 
     rejected: dict[str, str] = {}
 
-    def __init__(self, first: int, rank: int, world: int) -> None:
-        self._next, self._world = first + rank, world
+    def __init__(self, first: int, rank: int, world: int, end: int | None = None) -> None:
+        self._first = self._next = first + rank
+        self._world, self._end = world, end
+
+    def __iter__(self) -> Numbered:
+        self._next = self._first
+        return self
 
     def __next__(self) -> PackedBatch:
+        if self._end is not None and self._next >= self._end:
+            raise StopIteration
         number, self._next = self._next, self._next + self._world
         return batch(number)
 
@@ -86,6 +95,7 @@ def settings(path: Path, *, dtype: str = "float32", workers: int = 0, **parallel
         "iterations": ITERATIONS,
         "save_interval": SAVED,
         "log_interval": 1,
+        "validation_interval": SAVED,
         "optimizer": OPTIMIZER | {"lr": 3e-3, "min_lr": 3e-4},
     }
     stages = {
@@ -112,7 +122,9 @@ def train(
     from vlm.train.step import NonFiniteError
     from vlm.train.stop import Stop
 
-    def build(config: Any, *_: Any, rank: int, world: int, **__: Any) -> Numbered:
+    def build(config: Any, *_: Any, rank: int, world: int, split: str) -> Numbered:
+        if split == "val":
+            return Numbered(VALIDATION, rank, world, end=VALIDATION + GLOBAL_BATCH)
         if rank == 0:
             with open(out / "seeds", "a") as stream:
                 print(config.seed, file=stream)
@@ -173,6 +185,7 @@ def resume(folder: Path, finished: Path, out: Path, **options: Any) -> Path:
 
 
 def curve(out: Path) -> list[list[float]]:
-    """Loss and gradient norm of every iteration."""
-    lines = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
-    return [[line["loss"], line["gradient_norm"]] for line in lines]
+    """Loss and gradient norm of every iteration, and the validation losses."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    validation = [[line["validation_loss"]] for line in lines if "validation_loss" in line]
+    return [[line["loss"], line["gradient_norm"]] for line in lines if "loss" in line] + validation

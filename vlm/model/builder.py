@@ -188,6 +188,7 @@ def _language_config(sizes: LanguageSizes, layout: Parallel, common: dict[str, A
         sequence_parallel=layout.sequence,
         calculate_per_token_loss=True,  # the loss is the global mean over trained tokens
         pipeline_model_parallel_size=layout.pipeline,
+        deallocate_pipeline_outputs=True,  # a stage's output is needed no more once it was sent
         recompute_granularity="full" if layout.recompute else None,
         recompute_method="uniform" if layout.recompute else None,
         recompute_num_layers=1 if layout.recompute else None,
