@@ -45,3 +45,7 @@ def test_lengths_that_are_nearly_alike_fill_the_sequences() -> None:
     draw = random.Random(0)
     lengths = [draw.randint(590, 640) for _ in range(256)]
     assert len(best_fit(lengths, 9984)) == 16
+
+
+def test_the_longest_first_where_that_needs_fewer_sequences() -> None:
+    assert best_fit([3, 3, 3, 7, 7, 7], 10) == [[0, 3], [1, 4], [2, 5]]
