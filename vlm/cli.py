@@ -41,13 +41,17 @@ def _config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sources(commands: Any) -> None:
-    fetch = _command(commands, "fetch", "vlm.fetch.hub:fetch", "Bring a Hub repository or a local folder into place.")
-    fetch.add_argument("source", help="owner/name on the Hub, or a local folder")
+    fetch = _command(commands, "fetch", "vlm.fetch.folder:fetch", "Bring models and data into place, from wherever.")
+    fetch.add_argument("source", nargs="+", help="owner/name[@revision] on the Hub, a local folder or file, or a URL")
     fetch.add_argument("out", type=Path)
     fetch.add_argument("--revision", default="main")
     fetch.add_argument("--kind", choices=("model", "dataset"), default="model")
     part = "download only such files of a data set, for instance 'data/test-*'; may be repeated"
     fetch.add_argument("--include", action="append", default=[], metavar="PATTERN", help=part)
+    more = "what belongs in a folder below, for instance images/coco=URL; may be repeated"
+    fetch.add_argument("--below", action="append", default=[], metavar="PLACE=SOURCE", help=more)
+    fetch.add_argument("--unpack", action="store_true", help="unpack zip archives")
+    fetch.add_argument("--offline", action="store_true", help="take what the caches hold (also: HF_HUB_OFFLINE=1)")
 
     tiny = _group(commands, "tiny", "Make the miniature's pictures, texts and base models.")
     data = _command(tiny, "data", "vlm.tiny.datasets:write", "Render the miniature data sets in the real layouts.")
@@ -97,6 +101,7 @@ def _add_data(commands: Any) -> None:
     shard.add_argument("--set", dest="set_name", required=True, help="name under data.sets")
     shard.add_argument("--source", type=Path, required=True, help="folder with the annotations and images")
     shard.add_argument("--out", type=Path, required=True)
+    shard.add_argument("--workers", type=int, default=1, help="processes that write (default: 1)")
     index = _command(data, "index", "vlm.data.index:index", "Prepare shards for Energon, asking nothing.")
     index.add_argument("directory", type=Path)
 

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
-import threading
+import time
 import zipfile
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hub_server import World, commit_of, serve
 
-from vlm.fetch.hub import fetch
+from vlm.fetch import hub
+from vlm.fetch.folder import fetch
 
 MODEL = {
     "config.json": b"{}",
-    "model.safetensors": b"weights",
+    "model.safetensors": bytes(range(256)) * 40,
     "pytorch_model.bin": b"pickle",
+    "consolidated.safetensors": b"the same weights once more",
     "tokenizer.json": b"{}",
     "chat_template.jinja": b"{{ messages }}",
 }
-COMMIT = "1" * 40
+FETCHED = set(MODEL) - {"pytorch_model.bin", "consolidated.safetensors"}
+COMMIT = commit_of("main")
+PAGE = b"<!doctype html><title>Please log in</title>"
 
 
 def write(folder: Path, content: dict[str, bytes]) -> Path:
@@ -35,19 +40,35 @@ def write(folder: Path, content: dict[str, bytes]) -> Path:
 
 
 def names(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {
+        os.path.relpath(os.path.join(at, name), folder)
+        for at, _, inside in os.walk(folder, followlinks=True)
+        for name in inside
+    }
 
 
-def test_a_local_model_is_linked_without_its_pickles(tmp_path: Path) -> None:
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in names(folder)}
+
+
+def zipped(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+def test_a_local_model_is_linked_without_pickles_and_twins(tmp_path: Path) -> None:
     source = write(tmp_path / "source", MODEL)
     out = tmp_path / "made/here"
     fetch(str(source), out)
-    assert names(out) == set(MODEL) - {"pytorch_model.bin"}
+    assert names(out) == FETCHED
     assert (out / "model.safetensors").resolve() == source / "model.safetensors"
 
     (source / "tokenizer.json").unlink()
     fetch(str(source), out)
-    assert not out.is_symlink() and names(out) == set(MODEL) - {"pytorch_model.bin", "tokenizer.json"}
+    assert not out.is_symlink() and names(out) == FETCHED - {"tokenizer.json"}
 
 
 @pytest.mark.parametrize(
@@ -65,123 +86,289 @@ def test_a_folder_that_is_no_safe_model_is_refused(tmp_path: Path, content: dict
 
 
 @pytest.mark.parametrize("prefix", ["", "images/"], ids=["bare-members", "members-in-images"])
-def test_archives_of_a_data_set_are_unpacked(tmp_path: Path, prefix: str) -> None:
+def test_archives_of_a_data_set_are_unpacked_where_asked(tmp_path: Path, prefix: str) -> None:
     source = write(tmp_path / "source", {"annotations.json": b"[]", "val2014/1.jpg": b"a"})
-    with zipfile.ZipFile(source / "images.zip", "w") as archive:
-        archive.writestr(f"{prefix}00000/1.jpg", b"b")
-    fetch(str(source), tmp_path / "out", kind="dataset")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "annotations.json",
-        "val2014",
-        "images.zip",
-        "images",
-    }
+    zipped(source / "images.zip", {f"{prefix}00000/1.jpg": b"b"})
+    fetch(str(source), tmp_path / "packed", kind="dataset")
+    assert names(tmp_path / "packed") == {"annotations.json", "val2014/1.jpg", "images.zip"}
+    fetch(str(source), tmp_path / "out", kind="dataset", unpack=True)
     assert (tmp_path / "out/images/00000/1.jpg").read_bytes() == b"b"
     assert (tmp_path / "out/val2014/1.jpg").read_bytes() == b"a"
     assert not (source / "images").exists(), "the user's folder was written to"
 
 
-def test_a_broken_archive_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
-    source = write(tmp_path / "source", {"images.zip": b"not a zip"})
-    with pytest.raises(ValueError, match="images.zip"):
-        fetch(str(source), tmp_path / "out", kind="dataset")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("member", "words"),
+    [
+        pytest.param(None, "broken or not complete", id="no-zip"),
+        pytest.param("../outside.jpg", r"member '\.\./outside.jpg' lies outside", id="climbs-out"),
+        pytest.param("/etc/passwd", "lies outside", id="absolute"),
+    ],
+)
+def test_a_bad_archive_leaves_nothing_that_looks_complete(tmp_path: Path, member: str | None, words: str) -> None:
+    source = tmp_path / "source"
+    if member is None:
+        write(source, {"images.zip": b"not a zip"})
+    else:
+        zipped(source / "images.zip", {member: b"x"})
+    with pytest.raises(ValueError, match=rf"images.zip: .*{words}"):
+        fetch(str(source), tmp_path / "out", kind="dataset", unpack=True)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "outside.jpg").exists()
 
 
-class Hub(BaseHTTPRequestHandler):
-    """`good/model` exists, `gated/model` asks for terms, everything else is unknown."""
+def test_parts_are_joined_in_their_places_without_touching_the_users_folders(tmp_path: Path) -> None:
+    main = write(tmp_path / "llava", {"mix.json": b"[]", "images/textvqa/train_images/1.jpg": b"t"})
+    coco = zipped(tmp_path / "train2017.zip", {"train2017/1.jpg": b"c"})
+    books = write(tmp_path / "books", {"images/1.jpg": b"o"})
+    below = [f"images/coco={coco}", f"images/ocr_vqa={books}", "images/textvqa=https://127.0.0.1:9/never.zip"]
+    before = names(main)
+    fetch(str(main), tmp_path / "out", kind="dataset", below=below)
+    assert names(tmp_path / "out") == {
+        "mix.json",
+        "images/coco/train2017.zip",
+        "images/ocr_vqa/images/1.jpg",
+        "images/textvqa/train_images/1.jpg",
+    }
+    assert names(main) == before
 
-    requests: list[str] = []
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        self.requests.append(f"{self.command} {self.path}")
-        path = self.path.split("?")[0]
-        if "good/model" not in path:
-            gated = "gated/" in path
-            self._answer(403 if gated else 404, b"{}", {"X-Error-Code": "GatedRepo" if gated else "RepoNotFound"})
-        elif "/no-such" in path:
-            self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        elif "/tree/" in path:
-            listing = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for name, data in MODEL.items()
-            ]
-            self._answer(200, json.dumps(listing).encode(), {"Content-Type": "application/json"})
-        elif path.startswith("/api/"):
-            siblings = [{"rfilename": name} for name in MODEL]
-            info = {"id": "good/model", "sha": COMMIT, "siblings": siblings}
-            self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
-        else:
-            data = MODEL[path.rsplit("/", 1)[1]]
-            etag = f'"{hashlib.sha1(data).hexdigest()}"'
-            self._answer(200, data, {"ETag": etag, "X-Repo-Commit": COMMIT})
-
-    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        pass
+@pytest.mark.parametrize(
+    ("sources", "below", "words"),
+    [
+        pytest.param(
+            ["here"], ["images/coco=./gone"], "images/coco from ./gone: there is no such folder", id="no-folder"
+        ),
+        pytest.param(["here"], ["../up=./here"], "inside of the folder", id="place-outside"),
+        pytest.param(["here"], ["images"], "expected PLACE=SOURCE", id="no-source"),
+        pytest.param(["here", "twin"], [], "a.json is in another part", id="two-of-one-name"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sources: list[str], below: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("here", "twin"):
+        write(tmp_path / name, {"a.json": b"[]"})
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        fetch(sources, Path("out"), kind="dataset", below=below)
+    assert not Path("out").exists()
 
 
 @pytest.fixture
-def endpoint() -> Iterator[str]:
-    Hub.requests = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+def world() -> World:
+    data = {"mix.json": b"[1]", "images.zip": bytes(range(256)) * 400, "other.json": b"[2]"}
+    bare = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
+    pulls = {"refs/pr/2": bare | {"notes.txt": b"hi"}, "refs/pr/5": bare | {"model.safetensors": b"safe"}}
+    return World(
+        repositories={
+            "good/model": {"main": dict(MODEL)},
+            "gated/model": {"main": dict(MODEL)},
+            "pickled/model": {"main": bare, **pulls},
+            "good/data": {"main": data},
+        },
+        gated={"gated/model"},
+        files={"train.zip": bytes(range(256)) * 400},
+    )
 
 
-def command(tmp_path: Path, endpoint: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def endpoint(world: World) -> Iterator[str]:
+    with serve(world) as address:
+        yield address
+
+
+def start(tmp_path: Path, endpoint: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environ |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", **variables}
     line = [sys.executable, "-m", "vlm.cli", "fetch", *arguments]
-    return subprocess.run(line, env=environ, capture_output=True, text=True, timeout=120)
+    return subprocess.Popen(line, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_hub_model_is_fetched_once_and_then_read_from_the_cache(tmp_path: Path, endpoint: str) -> None:
+def command(tmp_path: Path, endpoint: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    process = start(tmp_path, endpoint, *arguments, **variables)
+    output, errors = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def complaint(finished: subprocess.CompletedProcess[str]) -> str:
+    """The one message of a command that refuses."""
+    assert finished.returncode == 2, finished.stderr
+    assert "Traceback" not in finished.stderr
+    return finished.stderr[finished.stderr.index("vlm: ") :]
+
+
+def test_a_hub_model_is_fetched_once_and_then_read_from_the_cache(tmp_path: Path, world: World, endpoint: str) -> None:
     out = tmp_path / "out"
     first = command(tmp_path, endpoint, "good/model", str(out))
     assert first.returncode == 0, first.stderr
-    assert {name: (out / name).read_bytes() for name in names(out)} == {
-        name: data for name, data in MODEL.items() if name != "pytorch_model.bin"
-    }
-    assert not any("pytorch_model.bin" in request for request in Hub.requests if "resolve" in request)
+    assert contents(out) == {name: MODEL[name] for name in FETCHED}
+    assert not any("pytorch_model" in one or "consolidated" in one for one in world.requests if "resolve" in one)
+    part = json.loads((tmp_path / "out.manifest.json").read_text())["parts"][0]
+    assert (part["source"], part["revision"], part["commit"]) == ("good/model", "main", COMMIT)
+    assert {name: one["size"] for name, one in part["files"].items()} == {name: len(MODEL[name]) for name in FETCHED}
 
-    Hub.requests.clear()
-    again = command(tmp_path, endpoint, "good/model", str(out), HF_HUB_OFFLINE="1")
+    world.requests.clear()
+    again = command(tmp_path, endpoint, "good/model", str(out))
     assert again.returncode == 0, again.stderr
-    assert names(out) and not Hub.requests
+    assert not [one for one in world.requests if one.startswith("GET") and "/resolve/" in one], "fetched again"
+
+    world.requests.clear()
+    for variables, option in (({"HF_HUB_OFFLINE": "1"}, ()), ({}, ("--offline",))):
+        offline = command(tmp_path, endpoint, "good/model", str(out), *option, **variables)
+        assert offline.returncode == 0, offline.stderr
+        assert names(out) == FETCHED and not world.requests
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        pytest.param(["gated/model"], "accept terms", id="gated"),
-        pytest.param(["missing/model"], "no such model", id="missing"),
-        pytest.param(["good/model", "--revision", "no-such"], "no such revision", id="no-such-revision"),
-        pytest.param(["resources/tiny/language2"], "no such folder", id="neither-folder-nor-repository"),
+        pytest.param(["gated/model"], ["accept terms", "/gated/model,", "HF_TOKEN"], id="gated"),
+        pytest.param(["missing/model"], ["no such model"], id="missing"),
+        pytest.param(["good/model", "--revision", "no-such"], ["no such revision"], id="no-such-revision"),
+        pytest.param(["resources/tiny/language2"], ["no such folder"], id="neither-folder-nor-repository"),
+        pytest.param(["good/model", "--offline"], ["offline", "cache"], id="offline-and-not-there"),
+        pytest.param(
+            ["good/data", "--kind", "dataset", "--include", "mux*"], ["has no file like mux*"], id="no-such-file"
+        ),
+        pytest.param(
+            ["pickled/model"], ["only pytorch_model.bin", "`revision: refs/pr/5`"], id="pickles-where-a-request-is-safe"
+        ),
     ],
 )
 def test_what_cannot_be_fetched_is_refused_by_name(
-    tmp_path: Path, endpoint: str, arguments: list[str], words: str
+    tmp_path: Path, endpoint: str, arguments: list[str], words: list[str]
 ) -> None:
     source, *options = arguments
-    refused = command(tmp_path, endpoint, source, str(tmp_path / "out"), *options)
-    assert refused.returncode == 2, refused.stderr
-    assert refused.stderr.count("\n") == 1 and source in refused.stderr and words in refused.stderr
+    said = complaint(command(tmp_path, endpoint, source, str(tmp_path / "out"), *options))
+    assert said.count("\n") == 1 and source in said
+    assert not [word for word in words if word not in said], said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_token_opens_a_gated_model_and_a_revision_the_safe_weights(tmp_path: Path, endpoint: str) -> None:
+    opened = command(tmp_path, endpoint, "gated/model", str(tmp_path / "gated"), HF_TOKEN="hf_good")
+    assert opened.returncode == 0, opened.stderr
+    assert names(tmp_path / "gated") == FETCHED
+    safe = command(tmp_path, endpoint, "pickled/model@refs/pr/5", str(tmp_path / "safe"))
+    assert safe.returncode == 0, safe.stderr
+    assert names(tmp_path / "safe") == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    ["busy", "down-at-the-files", "broken-transfers", "wrong-bytes-once"],
+)
+def test_a_troubled_hub_is_asked_again(tmp_path: Path, world: World, endpoint: str, trouble: str) -> None:
+    if trouble == "busy":
+        world.answers = {"/revision/main": [(429, b"", {"Retry-After": "1"}), (503, b"", {})]}
+    elif trouble == "down-at-the-files":
+        world.answers = {"/model.safetensors": [(500, b"", {}), (502, b"", {})]}
+    elif trouble == "broken-transfers":
+        world.break_at = {"/model.safetensors": [3000, 2000, 0]}
+    else:
+        world.wrong["/model.safetensors"] = 1
+    fetched = command(tmp_path, endpoint, "good/model", str(tmp_path / "out"))
+    assert fetched.returncode == 0, fetched.stderr
+    assert contents(tmp_path / "out") == {name: MODEL[name] for name in FETCHED}
+    if trouble == "busy":
+        assert "429; trying again in 1 s" in fetched.stderr
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        pytest.param("wrong-bytes", "model.safetensors came damaged, twice", id="wrong-bytes"),
+        pytest.param("page", "not JSON", id="a-login-page-instead-of-json"),
+        pytest.param("token", "token is not accepted", id="token-refused"),
+    ],
+)
+def test_a_hub_that_stays_wrong_is_refused(
+    tmp_path: Path, world: World, endpoint: str, trouble: str, words: str
+) -> None:
+    if trouble == "wrong-bytes":
+        world.wrong["/model.safetensors"] = 9
+    elif trouble == "page":
+        world.answers = {"/revision/main": [(200, PAGE, {"Content-Type": "text/html"})] * 9}
+    else:
+        world.answers = {"/revision/main": [(403, b"", {})] * 9}
+    said = complaint(command(tmp_path, endpoint, "good/model", str(tmp_path / "out")))
+    assert words in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unreachable_hub_is_one_message(tmp_path: Path) -> None:
-    refused = command(tmp_path, "http://127.0.0.1:9", "good/model", str(tmp_path / "out"))
-    assert refused.returncode == 2
-    assert "cannot be reached" in refused.stderr and "Traceback" not in refused.stderr
+    said = complaint(command(tmp_path, "http://127.0.0.1:9", "good/model", str(tmp_path / "out")))
+    assert "cannot be reached" in said
+
+
+def test_a_branch_that_moved_on_is_told_and_can_be_kept(tmp_path: Path, world: World, endpoint: str) -> None:
+    """Also where the folder is gone: Snakemake removes it before it fetches again."""
+    model = world.repositories["good/model"]
+    model["old"] = model.pop("main")
+    out = str(tmp_path / "out")
+    assert command(tmp_path, endpoint, "good/model", out, "--revision", "old").returncode == 0
+    manifest = tmp_path / "out.manifest.json"
+    manifest.write_text(manifest.read_text().replace('"revision": "old"', '"revision": "main"'))
+    model["main"] = dict(MODEL) | {"config.json": b'{"new": 1}'}
+    (tmp_path / "out").rename(tmp_path / "gone")
+
+    said = complaint(command(tmp_path, endpoint, "good/model", out))
+    assert COMMIT in said and f"`revision: {commit_of('old')}` to keep" in said
+    kept = command(tmp_path, endpoint, "good/model", out, "--revision", commit_of("old"))
+    assert kept.returncode == 0, kept.stderr
+    assert (tmp_path / "out/config.json").read_bytes() == b"{}"
+
+
+def test_all_failures_are_told_at_once_and_what_came_is_kept(tmp_path: Path, world: World, endpoint: str) -> None:
+    bad = [f"images/{name}={endpoint}/files/{name}.zip" for name in ("gqa", "vg")]
+    options = ["--kind", "dataset", "--include", "mix.json", *(f"--below={one}" for one in bad)]
+    said = complaint(command(tmp_path, endpoint, "good/data", str(tmp_path / "out"), *options))
+    assert "2 of 3 parts are missing" in said and "gqa.zip: the server refuses it (404" in said and "vg.zip" in said
+    world.requests.clear()
+    fetched = command(tmp_path, endpoint, "good/data", str(tmp_path / "out"), *options[:4])
+    assert fetched.returncode == 0, fetched.stderr
+    assert names(tmp_path / "out") == {"mix.json"}
+    assert not [one for one in world.requests if one.startswith("GET") and "/resolve/" in one]
+
+
+def test_a_full_disk_is_told_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
+    files = [SimpleNamespace(commit_hash="c", file_size=600, will_download=True) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"needs 1,200 bytes in .*cache, its disk has 999 free; HF_HOME"):
+        hub._check_plan("good/model", files, (), None)
+    files[0].will_download = False
+    hub._check_plan("good/model", files, (), None)
+
+
+def test_ten_kills_leave_what_an_undisturbed_run_makes(tmp_path: Path, world: World, endpoint: str) -> None:
+    arguments = ["good/data", f"{endpoint}/files/train.zip", "--kind", "dataset", "--include=mix.json", "--include=im*"]
+    world.files["train.zip"] = zipped(
+        tmp_path / "train.zip", {"a.jpg": random.Random(1).randbytes(200_000)}
+    ).read_bytes()
+    arguments.insert(2, str(tmp_path / "calm"))
+    assert command(tmp_path / "calm_home", endpoint, *arguments).returncode == 0
+    world.sent.clear()
+    world.pace = 0.02
+    arguments[2] = str(tmp_path / "out")
+    draw = random.Random(2)
+    for _ in range(10):
+        process = start(tmp_path, endpoint, *arguments)
+        target, end = world.sent["/files/train.zip"] + draw.randrange(1, 30_000), time.monotonic() + 20
+        while world.sent["/files/train.zip"] < target and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        assert not (tmp_path / "out").exists() or names(tmp_path / "out") == names(tmp_path / "calm")
+    world.pace = 0.0
+    finished = command(tmp_path, endpoint, *arguments)
+    assert finished.returncode == 0, finished.stderr
+    assert contents(tmp_path / "out") == contents(tmp_path / "calm")
+    assert names(tmp_path / "out") == {"mix.json", "images.zip", "train.zip"}
+    manifests = [json.loads((tmp_path / f"{name}.manifest.json").read_text()) for name in ("calm", "out")]
+    for manifest in manifests:
+        for entry in manifest["parts"][0]["files"].values():
+            del entry["changed"]
+    assert manifests[0] == manifests[1]
+    size = len(world.files["train.zip"])
+    assert world.sent["/files/train.zip"] < 2 * size, "the transfers did not go on where they stopped"

@@ -69,7 +69,8 @@ def test_shards_have_their_size_and_a_shuffled_order(sharded: tuple[Path, list[d
     assert keys["shard-000000.tar"] != sorted(keys["shard-000000.tar"])
     assert max(keys["shard-000000.tar"]) > 90 and min(keys["shard-000001.tar"]) < 30
     counts = json.loads((folder / "out/shards.json").read_text())
-    assert counts == {"data_set": "captions", "train": 108, "validation": 12, "rejected": 0}
+    assert counts.pop("fingerprint") and counts.pop("sizes") == {path: (folder / "out" / path).stat().st_size for path in keys}
+    assert counts == {"data_set": "captions", "train": 108, "validation": 12, "rejected": 0, "left_out": 0}
 
 
 def test_same_seed_same_bytes_in_place_of_the_old_ones(sharded: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -141,10 +142,14 @@ def test_too_many_unusable_samples_stop_the_command(tmp_path: Path, share: float
     ("text", "message"),
     [
         (None, r"annotations.json does not exist.*data.sets.captions.annotations"),
-        ("[{", r"annotations.json: not JSON"),
-        ('{"id": 1}', r"annotations.json: expected a list"),
+        ("[{]", r"annotations.json: not JSON as expected at byte 1: expected a whole record"),
+        ('{"id": 1}', r"annotations.json: not JSON as expected at byte 0: expected a list"),
+        ('[{"id": 1}, ', r"annotations.json: it ends at byte 12, expected a whole record; fetch it again"),
+        ('[{"id": 1} {"id": 2}]', r"at byte 11: expected a comma or the end of the list, found '\{\"id"),
+        ("\n<!doctype html>", r"annotations.json: it is a web page, not JSON"),
+        ("[]", r"annotations.json: expected a list .*, found an empty one"),
     ],
-    ids=["missing", "not-json", "not-a-list"],
+    ids=["missing", "not-json", "not-a-list", "half-of-it", "two-values", "login-page", "empty"],
 )
 def test_annotations_that_cannot_be_read_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
     config = fixtures.write_config(tmp_path / "config.yaml")

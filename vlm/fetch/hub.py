@@ -1,102 +1,95 @@
-"""Puts a Hub repository or a local folder where the workflow expects it, complete or not at all.
+"""Downloads a repository of the Hugging Face Hub into the Hub's cache, and proves that what came is what it lists.
 
-The files stay where they are, in the Hub's cache or in the user's folder; `out` holds links to them. Where the cache
-is, which server is asked and who asks are huggingface_hub's own settings: HF_HOME, HF_ENDPOINT, HF_TOKEN and
-HF_HUB_OFFLINE.
+Where the cache is, which server is asked and who asks are huggingface_hub's own settings: HF_HOME, HF_ENDPOINT,
+HF_TOKEN (or `hf auth login`) and HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import json
+import os
 import shutil
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
-from tqdm import tqdm
+from vlm.fetch import retry
+from vlm.fetch.web import sha256_of
 
-MODEL_FILES = ("*.json", "*.safetensors", "tokenizer.model*", "*.txt", "*.jinja", "README.md", "LICENSE*")
-"""What a model is read from. Pickles (`*.bin`, `*.pt`, `*.pth`) run code when they are opened and are not fetched."""
-TWINS = ("consolidated*.safetensors",)
-"""The same weights once more, in the layout of Mistral's own programs: 14.5 GB that nothing here reads."""
+Kind = Literal["model", "dataset"]
+_PULL_REQUESTS = 20  # looked at for safetensors
+_Result = TypeVar("_Result")
 
 
-def fetch(
-    source: str,
-    out: Path,
-    revision: str = "main",
-    kind: Literal["model", "dataset"] = "model",
-    include: Sequence[str] = (),
-) -> None:
-    """Make the folder `out` of links to the files of `source`; archives of a data set are unpacked in it.
+@dataclass
+class Snapshot:
+    """Files of one commit."""
+
+    folder: Path
+    commit: str
+    files: dict[str, dict[str, Any]]
+    """Size, sha256 and time of the last change of each."""
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids to fetch anything."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def download(
+    repository: str,
+    revision: str,
+    kind: Kind,
+    patterns: Sequence[str],
+    *,
+    ignored: Sequence[str] = (),
+    offline: bool = False,
+    commit: str | None = None,
+    known: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Snapshot:
+    """Bring files of a repository into the Hub's cache; what is there already is not fetched again.
 
     Args:
-        source: folder on this machine, or `owner/name` on the Hub.
-        revision: branch, tag or commit on the Hub; ignored for a folder.
-        kind: of a model only the files in MODEL_FILES are taken, and it must have `config.json` and safetensors.
-        include: patterns of the files to download of a data set on the Hub, such as `data/test-*`; none for all.
+        patterns: files that are wanted, all if empty.
+        ignored: files that are not, although they are wanted.
+        offline: only look into the cache.
+        commit: the one that `revision` has to lead to.
+        known: files that were proven before, as `Snapshot.files` has them; these are not read again.
 
     Raises:
-        ValueError: no such repository or revision, no access to it, a model that cannot be read safely, or a broken
-            archive.
-        FileNotFoundError: the Hub cannot be reached and its cache does not hold the repository.
+        ValueError: no such repository, revision or file; no access; another commit; damaged files; a full disk.
+        FileNotFoundError: the Hub cannot be reached and its cache does not hold the files.
     """
-    local = Path(source).expanduser()
-    folder = local.resolve() if local.is_dir() else _download(source, revision, kind, include)
-    patterns = MODEL_FILES if kind == "model" else ("*",)
-    entries = sorted(
-        entry
-        for entry in folder.iterdir()
-        if not entry.name.startswith(".") and any(fnmatch.fnmatch(entry.name, pattern) for pattern in patterns)
-    )
-    if kind == "model":
-        _check_model(source, folder, {entry.name for entry in entries if entry.is_file()})
-    beside = out.with_name(f".{out.name}.writing")
-    if beside.exists():  # left by an interrupted run
-        shutil.rmtree(beside)
-    beside.mkdir(parents=True)
-    for entry in entries:
-        if kind == "model" and entry.is_dir():
-            continue
-        (beside / entry.name).symlink_to(entry.resolve(), target_is_directory=entry.is_dir())
-    if kind == "dataset":
-        for archive in sorted(beside.glob("*.zip")):
-            _unpack(archive, beside)
-    if out.is_dir() and not out.is_symlink():  # an older one goes when the new one is complete
-        shutil.rmtree(out)
-    beside.rename(out)
-
-
-def _check_model(source: str, folder: Path, names: set[str]) -> None:
-    if "config.json" not in names:
-        raise ValueError(f"{source}: has no config.json, so it is not a model in Hugging Face format")
-    if not any(name.endswith(".safetensors") for name in names):
-        pickles = sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".bin", ".pt", ".pth"))
-        found = f"only {', '.join(pickles)}" if pickles else "no safetensors"
-        raise ValueError(
-            f"{source}: has {found}, and weights are read from safetensors alone, since a pickle runs code when it is "
-            "opened; name a revision or a folder with safetensors"
-        )
-
-
-def _download(source: str, revision: str, kind: Literal["model", "dataset"], include: Sequence[str]) -> Path:
-    """Folder of the repository in the Hub's cache."""
     from huggingface_hub import constants, errors, snapshot_download
 
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise ValueError(f"{source}: there is no such folder, and it is not a Hub repository `owner/name` either")
-    where = f"{source} (revision {revision}) on {constants.ENDPOINT}"
-    patterns, ignored = (list(MODEL_FILES), list(TWINS)) if kind == "model" else (list(include) or None, None)
+    where = f"{repository} (revision {revision}) on {constants.ENDPOINT}"
+    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repository}"
+    options: dict[str, Any] = {
+        "repo_type": kind,
+        "revision": revision,
+        "allow_patterns": list(patterns) or None,
+        "ignore_patterns": list(ignored) or None,
+    }
     try:
-        return Path(
-            snapshot_download(
-                source, repo_type=kind, revision=revision, allow_patterns=patterns, ignore_patterns=ignored
-            )
-        )
+        if not offline:
+            planned = _again(where, lambda: snapshot_download(repository, dry_run=True, **options))
+            _check_plan(where, planned, patterns, commit)
+        folder = Path(_again(where, lambda: snapshot_download(repository, local_files_only=offline, **options)))
+        bad, found = _prove(folder, patterns, ignored, known or {})
+        if bad and not offline:
+            for name in bad:  # fetched once more, this time into an empty place
+                (folder / name).resolve().unlink()
+                (folder / name).unlink(missing_ok=True)
+            folder = Path(_again(where, lambda: snapshot_download(repository, **options)))
+            bad, found = _prove(folder, patterns, ignored, known or {})
     except errors.GatedRepoError:
         raise ValueError(
-            f"{where}: its owner asks you to accept terms; do so on its page, then set HF_TOKEN or run `hf auth login`"
+            f"{where}: its owner asks you to accept terms; do so on {page}, then set HF_TOKEN or run `hf auth login`"
         ) from None
     except errors.RepositoryNotFoundError:
         raise ValueError(
@@ -105,23 +98,135 @@ def _download(source: str, revision: str, kind: Literal["model", "dataset"], inc
         ) from None
     except errors.RevisionNotFoundError:
         raise ValueError(f"{where}: the repository has no such revision") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
+    except errors.HFValidationError as error:
+        raise ValueError(f"{repository}: is no folder here, and no name of a repository either: {error}") from None
+    except errors.HfHubHTTPError as error:
+        raise _refused(where, error) from None
+    except (errors.LocalEntryNotFoundError, errors.DryRunError, errors.OfflineModeIsEnabled):
+        why = "nothing may be fetched offline" if offline else "the Hub cannot be reached"
+        wanted = f" ({', '.join(patterns)})" if patterns and kind == "dataset" else ""
         raise FileNotFoundError(
-            f"{where}: the Hub cannot be reached and its cache here does not hold the files; fetch them on a machine "
-            f"that reaches it and name that folder as the source ({type(error).__name__})"
+            f"{where}: {why} and its cache, {constants.HF_HUB_CACHE}, does not hold the files{wanted}; fetch them on a "
+            "machine that reaches it and name that folder as the source"
         ) from None
+    except errors.HTTPError as error:
+        raise FileNotFoundError(f"{where}: the Hub cannot be reached ({error})") from None
+    if bad:
+        raise ValueError(f"{where}: {', '.join(bad)} came damaged, twice: not what the repository lists")
+    return Snapshot(folder, folder.name, found)
 
 
-def _unpack(archive: Path, folder: Path) -> None:
-    """Unpack `images.zip` to `images/`, whether or not its members begin with `images/`; keep what is there already."""
-    place = folder / archive.stem
-    if place.exists():
-        return
+def _again(where: str, action: Callable[[], _Result]) -> _Result:
+    """Ask again, later and later, where the server is busy or the transfer broke off."""
+    from huggingface_hub import errors
+
+    number = 0
+    while True:
+        number += 1
+        try:
+            return action()
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{where}: the answer is not JSON ({error}): a proxy or a login page answered; see HF_ENDPOINT and "
+                "HTTPS_PROXY"
+            ) from None
+        except (OSError, errors.DryRunError) as error:
+            refused = error if isinstance(error, errors.HfHubHTTPError) else error.__cause__
+            if isinstance(refused, errors.HfHubHTTPError):
+                answer = refused.response
+                if answer.status_code not in retry.STATUSES or number == retry.TRIES:
+                    raise refused from None
+                retry.pause(where, f"{answer.status_code}", number, answer.headers.get("Retry-After"))
+            elif "Consistency check failed" in str(error) and number < retry.TRIES:
+                retry.pause(where, "the transfer broke off", number)
+            else:
+                raise
+
+
+def _refused(where: str, error: Any) -> Exception:
+    status = error.response.status_code
+    if status in retry.STATUSES:
+        return FileNotFoundError(f"{where}: the Hub answers {status} again and again; run the command later to go on")
+    hint = "; its token is not accepted, see HF_TOKEN or run `hf auth login`" if status in (401, 403) else ""
+    return ValueError(f"{where}: the Hub refuses it ({status}){hint}")
+
+
+def _check_plan(where: str, planned: Sequence[Any], patterns: Sequence[str], commit: str | None) -> None:
+    from huggingface_hub import constants
+
+    if not planned:
+        raise ValueError(f"{where}: has no file like {', '.join(patterns) or 'any'}")
+    if commit and planned[0].commit_hash != commit:
+        raise ValueError(
+            f"{where}: leads to commit {planned[0].commit_hash} now, and to {commit} when this run fetched it first; "
+            f"set `revision: {commit}` to keep that"
+        )
+    needed = sum(one.file_size or 0 for one in planned if one.will_download)
+    place = Path(constants.HF_HUB_CACHE)
+    place.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise ValueError(
+            f"{where}: needs {needed:,} bytes in {place}, its disk has {free:,} free; HF_HOME names another"
+        )
+
+
+def _prove(
+    folder: Path, patterns: Sequence[str], ignored: Sequence[str], known: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Names of damaged files, and what is known of the good ones.
+
+    The cache names each file by what the Hub says of it: the sha256 of a large one, git's hash of a small one.
+    """
+    bad, found = [], {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or not _wanted(name, patterns, ignored):
+            continue
+        about = path.stat()
+        entry = {"size": about.st_size, "changed": about.st_mtime_ns}
+        listed = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
+        if (before := known.get(name)) and {key: before.get(key) for key in entry} == entry:
+            found[name] = {**entry, "sha256": before["sha256"]}
+            continue
+        sha256 = sha256_of(path)
+        right = {64: sha256, 40: _git_hash(path) if len(listed) == 40 else ""}.get(len(listed), listed)
+        if listed != right:
+            bad.append(name)
+        found[name] = {**entry, "sha256": sha256}
+    return bad, found
+
+
+def _wanted(name: str, patterns: Sequence[str], ignored: Sequence[str]) -> bool:
+    def like(some: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatch(name, one) for one in some)
+
+    return (not patterns or like(patterns)) and not like(ignored)
+
+
+def _git_hash(path: Path) -> str:
+    """As git names a file: the SHA-1 of its length and its bytes."""
+    return hashlib.sha1(b"blob %d\0" % path.stat().st_size + path.read_bytes()).hexdigest()
+
+
+def list_files(repository: str, revision: str) -> list[str]:
+    """All files of a model's repository, for messages: none where the Hub does not tell."""
+    from huggingface_hub import HfApi
+
     try:
-        with zipfile.ZipFile(archive) as content:
-            members = content.namelist()
-            inside = all(member.split("/")[0] == archive.stem for member in members)
-            for member in tqdm(members, desc=f"unpacking {archive.name}", unit="file", mininterval=1):
-                content.extract(member, folder if inside else place)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{archive.resolve()}: is broken, fetch it again ({error})") from None
+        return list(HfApi().list_repo_files(repository, revision=revision))
+    except Exception:  # a message is not worth another
+        return []
+
+
+def safetensors_revision(repository: str) -> str | None:
+    """A pull request to a model with safetensors, such as the one the Hub's conversion makes; None if none has them."""
+    from huggingface_hub import HfApi
+
+    try:
+        refs = HfApi().list_repo_refs(repository, include_pull_requests=True).pull_requests or []
+    except Exception:  # a hint is not worth another message
+        return None
+    revisions = (str(ref.ref) for ref in refs[:_PULL_REQUESTS])
+    return next(
+        (one for one in revisions if any(name.endswith(".safetensors") for name in list_files(repository, one))), None
+    )

@@ -51,9 +51,9 @@ def write(config: Path, sources: Path, generated: Path, out: Path) -> None:
         f"<p>Run {escape(settings.run)}: {escape(_name(settings.models.language))} and "
         f"{escape(_name(settings.models.vision))}, about pictures that training never showed.</p>\n",
         *_captions(
-            captions, sources / Path(captions.source).name, _said(generated, "captions", labels), dialogues, labels
+            captions, sources / captions.folder("captions"), _said(generated, "captions", labels), dialogues, labels
         ),
-        *_questions(questions, sources / Path(questions.source).name, _said(generated, "mmmu", labels), labels),
+        *_questions(questions, sources / questions.folder("mmmu"), _said(generated, "mmmu", labels), labels),
     ]
     files.write_text(out, page.page(f"{settings.run}: what the model says", "".join(body)))
 

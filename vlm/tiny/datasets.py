@@ -88,7 +88,7 @@ def _write_pretrain(settings: Config, sizes: Miniature, out: Path) -> set[Scene]
         turns = [("\n".join(asked), rng.choice(text.captions(scene)))]
         records.append({"id": f"{number:09d}", "image": image, "conversations": _conversation(turns)})
         shown[image] = scene
-    with _folder(out / Path(data.source).name) as folder:
+    with _folder(out / data.folder("pretrain")) as folder:
         _save(folder / data.images, shown, rng, "pictures to caption")
         _write_list(folder / data.annotations, records)
     return set(shown.values())
@@ -108,7 +108,7 @@ def _write_sft(settings: Config, sizes: Miniature, out: Path) -> set[Scene]:
             turns[0] = (f"{IMAGE_TAG}\n" * len(images) + turns[0][0], turns[0][1])
         records.append(record | {"conversations": _conversation(turns)})
         shown |= dict(zip(images, about, strict=True))
-    with _folder(out / Path(data.source).name) as folder:
+    with _folder(out / data.folder("sft")) as folder:
         _save(folder / data.images, shown, rng, "pictures to talk about")
         _write_list(folder / data.annotations, records)
     return set(shown.values())
@@ -172,7 +172,7 @@ def _write_captions(settings: Config, sizes: Miniature, out: Path, seen: set[Sce
         shown[name] = scene
     licences = [{"id": 1, "name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"}]
     info = {"description": "Rendered scenes", "version": "1.0"}
-    with _folder(out / Path(test.source).name) as folder:
+    with _folder(out / test.folder("captions")) as folder:
         _save(folder / test.images, shown, rng, "pictures to test captions")
         files.write_json(
             folder / test.annotations,
@@ -184,7 +184,7 @@ def _write_mmmu(settings: Config, sizes: Miniature, out: Path, seen: set[Scene])
     """MMMU: a table per subject, and the answers of all."""
     test, rng = settings.evaluation.mmmu, random.Random(f"{settings.seed}/mmmu")
     answers = {}
-    with _folder(out / Path(test.source).name) as folder:
+    with _folder(out / test.folder("mmmu")) as folder:
         for subject in tqdm(text.SUBJECTS, desc="subjects to test", unit="subject"):
             asked = questions(rng, subject, sizes.questions_per_subject, seen)
             pictures = _encode([scene for one in asked for scene in one.scenes], rng.getrandbits(32), "PNG")

@@ -74,7 +74,7 @@ def settings(*keys):
 
 def source_folder(name):
     """Where the data set `name` lies, named as its source is. The miniature's are rendered there in the same layout."""
-    return f"{RESULTS}/sources/{Path(SOURCES[name].source).name}"
+    return f"{RESULTS}/sources/{SOURCES[name].folder(name)}"
 
 
 def origin(name):
@@ -82,12 +82,35 @@ def origin(name):
     return SOURCES[name].source, SOURCES[name].revision
 
 
-def included_files(names):
-    """Options of `vlm fetch` that leave out what none of the data sets `names` reads; none where one reads it all."""
-    if not all(name in BENCHMARKS for name in names):
-        return ""
-    wanted = [f"{TABLES[name].folder}/{BENCHMARKS[name].split}-*" for name in names]
-    return " ".join(f"--include {shlex.quote(pattern)}" for pattern in wanted)
+def included_files(name):
+    """Patterns of the files of a Hub repository that a data set reads; none where it reads them all."""
+    data = SOURCES[name]
+    if name in CONFIG.data.sets:
+        return [data.annotations, f"{data.images}*"]
+    if name == "mmmu":
+        return [f"*{data.split}-*"]
+    return [f"{TABLES[name].folder}/{data.split}-*"] if name in BENCHMARKS else []
+
+
+def listed(origins):
+    """Where something comes from, as a list."""
+    return [origins] if isinstance(origins, str) else list(origins)
+
+
+def fetch_options(names):
+    """Options of `vlm fetch` for data sets that share a folder. Only the evaluation reads pictures one by one, so that
+    the archives of training data stay packed."""
+    included = [included_files(name) for name in names]
+    sets = {name: CONFIG.data.sets[name] for name in names if name in CONFIG.data.sets}
+    below = [
+        f"{data.images}/{place}={origin}"
+        for data in sets.values()
+        for place, origins in data.image_sets.items()
+        for origin in listed(origins)
+    ]
+    options = [f"--include {shlex.quote(pattern)}" for patterns in included if all(included) for pattern in patterns]
+    options += [f"--below {shlex.quote(one)}" for one in below]
+    return " ".join(options if sets else [*options, "--unpack"])
 
 
 def local_files(source):

@@ -39,14 +39,21 @@ for folder, names in FETCHED.items():
         benchmark:
             f"<benchmarks>/fetch/{names[0]}.tsv"
         params:
-            source=SOURCES[names[0]].source,
+            sources=listed(SOURCES[names[0]].source),
             revision=SOURCES[names[0]].revision,
-            include=included_files(names),
+            options=fetch_options(names),
         message:
-            f"Fetching the data of {' and '.join(names)} from {SOURCES[names[0]].source}"
+            f"Fetching the data of {' and '.join(names)} from {' and '.join(listed(SOURCES[names[0]].source))}"
         shell:
-            "vlm fetch {params.source:q} {output} --revision {params.revision:q} --kind dataset {params.include} "
+            "vlm fetch {params.sources:q} {output} --revision {params.revision:q} --kind dataset {params.options} "
             "> {log} 2>&1"
+
+
+# All that comes from the internet, for a machine that reaches it: elsewhere nothing is left to fetch then.
+rule sources:
+    input:
+        list(FETCHED),
+        expand("<results>/sources/{part}", part=PARTS),
 
 
 for name in CONFIG.data.sets:
@@ -63,6 +70,9 @@ for name in CONFIG.data.sets:
         benchmark:
             f"<benchmarks>/data/shard_{name}.tsv"
         priority: ON_THE_WAY
+        threads: 8
+        resources:
+            cpus_per_task=lambda wildcards, threads: threads,
         params:
             config=RESOLVED_CONFIG,
             name=name,
@@ -72,7 +82,7 @@ for name in CONFIG.data.sets:
             f"Writing the shards of {name}"
         shell:
             "vlm data shard --config {params.config} --set {params.name} --source {input} --out {params.out} "
-            "> {log} 2>&1"
+            "--workers {threads} > {log} 2>&1"
 
     # The index lies inside the folder of the shards, where Energon wants it, so the folder is not itself an output.
     rule:
