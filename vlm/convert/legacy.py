@@ -20,6 +20,7 @@ from vlm.convert import vision as visions
 from vlm.convert.combine import image_token_id
 from vlm.model.sizes import language_sizes, vision_sizes
 from vlm.weights import Row, language_table, projector_table, vision_table
+from vlm.weights.folder import some
 from vlm.weights.legacy import PADDED, Legacy, Spec, is_taken
 from vlm.weights.tables import num_bytes
 
@@ -88,7 +89,7 @@ class _Conversion:
         where, specs = self.found.folder, self.found.specs
         parts = tuple({key.split(".")[0] + "." for key in self.rows})
         if odd := sorted(key for key in specs if key.startswith(parts) and key not in self.rows):
-            raise ValueError(f"{where}: {_some(odd)} unexpected: config.json describes no such weight")
+            raise ValueError(f"{where}: {some(odd)} unexpected: config.json describes no such weight")
         for key, row in self.rows.items():
             if key not in specs:
                 continue
@@ -102,7 +103,7 @@ class _Conversion:
         if needed := [key for key in missing if is_taken(key, built)]:
             fresh = all(key.startswith("vision_projection.") for key in needed)
             hint = "; convert the parts one by one and join them with `vlm convert combine`" if fresh else ""
-            raise ValueError(f"{where}: {_some(needed)} missing{hint}")
+            raise ValueError(f"{where}: {some(needed)} missing{hint}")
         if missing:
             self._read_base(missing)
 
@@ -118,7 +119,7 @@ class _Conversion:
             base, _, table = visions.read(self.folders["vision"])
         except ValueError as error:
             raise ValueError(
-                f"{_some(missing)} not in the files, because Megatron-LM's model does not take such weights; --vision "
+                f"{some(missing)} not in the files, because Megatron-LM's model does not take such weights; --vision "
                 f"must be a folder that holds them: {error}"
             ) from None
         rows = {row.ours: row for row in table.rows}
@@ -172,9 +173,3 @@ class _Conversion:
             models=self.run.models.model_dump(mode="json"),
             settings={"seed": self.run.seed, "dtype": self.run.dtype, "image_resize": self.run.data.image_resize},
         )
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:4])
-    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{shown}{rest} {'is' if len(names) == 1 else 'are'}"

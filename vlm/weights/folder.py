@@ -100,6 +100,23 @@ def _place(item: Any, data: int) -> tuple[int, int]:
     return data + begin, end - begin
 
 
+def read_bytes(file: Path, start: int, count: int, name: str) -> Tensor:
+    """Bytes of a file as uint8, in memory of their own.
+
+    Raises:
+        ValueError: the file ends before; `name` says inside what.
+    """
+    tensor = torch.empty(count, dtype=torch.uint8)
+    with open(file, "rb", buffering=0) as stream:
+        stream.seek(start)
+        view, done = memoryview(tensor.numpy()), 0
+        while done < count:
+            if not (got := stream.readinto(view[done:])):
+                raise ValueError(f"{file}: is truncated inside {name}")
+            done += got
+    return tensor
+
+
 class Folder:
     """The safetensors of one Hugging Face model folder, single or sharded with an index."""
 
@@ -129,16 +146,7 @@ class Folder:
     def read(self, name: str) -> Tensor:
         """One tensor, in its stored type."""
         entry = self.entries[name]
-        tensor = torch.empty(entry.num_bytes, dtype=torch.uint8)
-        with open(entry.file, "rb", buffering=0) as stream:
-            stream.seek(entry.start)
-            view = memoryview(tensor.numpy())
-            done = 0
-            while done < len(view):
-                count = stream.readinto(view[done:])
-                if not count:
-                    raise ValueError(f"{entry.file}: is truncated inside {name}")
-                done += count
+        tensor = read_bytes(entry.file, entry.start, entry.num_bytes, name)
         return tensor.view(DTYPES[entry.type]).view(entry.shape)
 
     def prefix(self, table_name: str, candidates: Iterable[str]) -> str:
@@ -156,14 +164,14 @@ class Folder:
         names = {name for row in rows for name in row.theirs}
         missing = sorted(names - self.entries.keys())
         if missing:
-            raise ValueError(f"{self.path}: {_some(missing)} missing from {self._where()}")
+            raise ValueError(f"{self.path}: {some(missing)} missing from {self._where()}")
         unexpected = [
             name
             for name in self.entries
             if name not in names and not any(table.ignored.fullmatch(name) for table in tables)
         ]
         if unexpected:
-            raise ValueError(f"{self.path}: {_some(unexpected)} unexpected: config.json describes no such weight")
+            raise ValueError(f"{self.path}: {some(unexpected)} unexpected: config.json describes no such weight")
         for row in rows:
             self._check_row(row)
 
@@ -233,7 +241,8 @@ def _torchscript(pickles: list[Path]) -> str:
     return ""
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few of many names and a verb, for a message."""
     shown = ", ".join(names[:4])
     rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return f"{shown}{rest} {'is' if len(names) == 1 else 'are'}"

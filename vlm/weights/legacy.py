@@ -25,6 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals, skip_data
 
+from vlm.weights.folder import read_bytes
 from vlm.weights.tables import Shape
 
 Spec = tuple[torch.dtype, Shape]
@@ -155,17 +156,9 @@ class _Archive:
     def read(self, name: str) -> Tensor:
         entry = self.weights[name]
         last = sum((size - 1) * stride for size, stride in zip(entry.shape, entry.strides, strict=True))
-        data = bytearray((last + 1) * entry.dtype.itemsize if 0 not in entry.shape else 0)
-        with open(self.path, "rb", buffering=0) as stream:
-            stream.seek(entry.start)
-            view, done = memoryview(data), 0
-            while done < len(view):
-                if not (count := stream.readinto(view[done:])):
-                    raise ValueError(f"{self.path}: is truncated inside {name}")
-                done += count
-        if not data:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        return torch.frombuffer(data, dtype=entry.dtype).as_strided(entry.shape, entry.strides)
+        count = 0 if 0 in entry.shape else last + 1
+        data = read_bytes(self.path, entry.start, count * entry.dtype.itemsize, name)
+        return data.view(entry.dtype).as_strided(entry.shape, entry.strides)
 
 
 def _load(path: Path) -> Any:
