@@ -13,7 +13,6 @@ __all__ = [
     "Row",
     "Table",
     "exported_rows",
-    "exported_rows",
     "is_exported",
     "language_table",
     "load_exported",
