@@ -81,7 +81,7 @@ def test_curves_of_validation_and_of_each_data_set(tmp_path: Path, drawn: list[F
     """Only some lines have them, and an older file has no speed."""
     path = _metrics(tmp_path, "sft", [2.0, 1.0])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines[0] |= {"loss/a": 3.0, "loss/b": 0.5, "tokens_per_second": 1234.5}
+    lines[0] |= {"loss/a": 4.0, "loss/b": 0.5, "tokens_per_second": 1234.5}
     lines[1] |= {"loss/b": 0.25}
     lines.insert(1, {"iteration": 5, "validation_loss": 1.75, "validation_loss/a": 3.5})
     lines.append({"iteration": 10, "validation_loss": 1.25})
@@ -91,14 +91,14 @@ def test_curves_of_validation_and_of_each_data_set(tmp_path: Path, drawn: list[F
     shown = {line.get_label(): line for line in axes.lines if not str(line.get_label()).startswith("_")}
     assert {name: (list(line.get_xdata()), list(line.get_ydata())) for name, line in shown.items()} == {
         "training": ([5, 10], [2.0, 1.0]),
-        "training, a": ([5], [3.0]),
+        "training, a": ([5], [4.0]),
         "training, b": ([5, 10], [0.5, 0.25]),
         "validation": ([5, 10], [1.75, 1.25]),
         "validation, a": ([5], [3.5]),
     }
     assert shown["validation"].get_color() == drawing.HELD_OUT != shown["training"].get_color()
     assert {text.get_text() for text in axes.texts} == {"1.000", "1.250"}
-    assert axes.get_ylim()[1] > 3.5, "the highest curve is cut off"
+    assert axes.get_ylim()[1] > 4.0, "the highest curve is cut off"
     assert axes.get_legend() is not None and _titled(drawn[0], "other").get_legend() is None
     speeds = [list(line.get_ydata()) for one in drawn[0].axes for line in one.lines]
     assert [1234.5] in speeds

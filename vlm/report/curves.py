@@ -65,6 +65,7 @@ def _with(lines: Sequence[Line], name: str) -> list[Line]:
 def _losses(axes: Axes, stage: str, lines: Sequence[Line]) -> None:
     """Training and validation, thick; below them in the same ink each of several data sets."""
     highest = 0.0
+    validated = any(VALIDATION in line for line in lines)
     for name, label, ink in (("loss", "training", drawing.MODEL), (VALIDATION, "validation", drawing.HELD_OUT)):
         sets = sorted({key for line in lines for key in line if key.startswith(f"{name}/")})
         for one, dashes in zip(sets, cycle(DASHES), strict=False):
@@ -72,12 +73,13 @@ def _losses(axes: Axes, stage: str, lines: Sequence[Line]) -> None:
             highest = max(highest, _curve(axes, _with(lines, one), one, color=ink, **look))
         if chosen := _with(lines, name):
             highest = max(highest, _curve(axes, chosen, name, color=ink, linewidth=1.8, label=label))
-            _end(axes, chosen[-1], name, ink, above=name == VALIDATION)
+            _end(axes, chosen[-1], name, ink, offset=0 if not validated else 7 if name == VALIDATION else -7)
     axes.set_title(stage, loc="left", fontsize=11, color=drawing.INK)
     axes.set_ylim(0, highest * 1.05)
     if len(axes.lines) > 2:  # a curve alone and its end
         handles, labels = axes.get_legend_handles_labels()
-        axes.legend(handles, labels, frameon=False, fontsize=8.5, labelcolor=drawing.INK, loc="upper right")
+        look = {"facecolor": "white", "edgecolor": "none", "framealpha": 0.8}
+        axes.legend(handles, labels, fontsize=8.5, labelcolor=drawing.INK, loc="upper right", **look)
     drawing.plain(axes, grid="y")
 
 
@@ -91,16 +93,16 @@ def _curve(axes: Axes, lines: Sequence[Line], name: str, **look: Any) -> float:
     return float(max(values))
 
 
-def _end(axes: Axes, line: Line, name: str, ink: str, *, above: bool) -> None:
-    """The last value in figures."""
+def _end(axes: Axes, line: Line, name: str, ink: str, *, offset: int) -> None:
+    """The last value in figures, beside its point and so many points above it."""
     place = (line["iteration"], line[name])
     axes.plot(*place, "o", color=ink, markersize=5)
     axes.annotate(
         f"{line[name]:.3f}",
         place,
-        xytext=(0, 9 if above else -16),
+        xytext=(8, offset),
         textcoords="offset points",
-        ha="right",
+        va="center",
         color=ink,
         fontweight="bold",
         fontsize=10,
