@@ -78,7 +78,7 @@ BENCHMARKS = {
         options="choices",
         image="decoded_image",
         groups=("question_type", "answer_type", "metadata.task", "metadata.category", "metadata.skills"),
-        details=("precision", "query"),
+        details=("answer_type", "precision", "query"),
     ),
     "ocrbench": Benchmark(
         "OCRBench",

@@ -91,9 +91,8 @@ def test_number(response: str, number: float | None) -> None:
 
 
 def mathvista(kind: str, gold: str, answer: str, **more: Any) -> tuple[float, bool]:
-    question = Question(
-        "1", "", (gold,), more.get("options", ()), {"answer_type": (kind,)}, {"precision": more.get("precision")}
-    )
+    details = {"answer_type": kind, "precision": more.get("precision")}
+    question = Question("1", "", (gold,), more.get("options", ()), details=details)
     judged = choices.judge_mathvista(question, answer)
     return judged.points["accuracy"], judged.parsed
 

@@ -85,7 +85,7 @@ def judge_mathvista(question: Question, answer: str) -> Judged:
     stands, an integer cut to its whole part, a float rounded to the question's precision, lists number by number.
     """
     gold = question.answers[0].strip()
-    (kind,) = question.groups["answer_type"] or ("text",)
+    kind = question.details["answer_type"]
     if question.options:
         chosen = choose(answer, question.options)
         parsed = chosen is not None
