@@ -104,6 +104,16 @@ def _add_data(commands: Any) -> None:
     shard.add_argument("--workers", type=int, default=1, help="processes that write (default: 1)")
     index = _command(data, "index", "vlm.data.index:index", "Prepare shards for Energon, asking nothing.")
     index.add_argument("directory", type=Path)
+    inspect = _command(data, "inspect", "vlm.data.inspect:inspect", "Draw packed sequences as the model gets them.")
+    _config(inspect)
+    inspect.add_argument("--stage", required=True)
+    inspect.add_argument("--data", type=Path, required=True, help="folder that holds one indexed folder per data set")
+    inspect.add_argument("--checkpoint", type=Path, help="where tokenizer and picture size come from; or else:")
+    for part in ("language", "vision"):
+        inspect.add_argument(f"--{part}", type=Path, help=f"Hugging Face folder of the {part} model")
+    inspect.add_argument("--out", type=Path, required=True, help="HTML file")
+    inspect.add_argument("--sequences", type=int, default=1, help="how many (default: 1)")
+    inspect.add_argument("--split", choices=("train", "val"), default="train")
 
 
 def _add_train(commands: Any) -> None:
