@@ -53,7 +53,7 @@ class Pictures:
     folder: Path
     archives: list[Path] = field(default_factory=list)
     """The archives opened so far."""
-    _members: list[dict[str, Entry]] = field(default_factory=list)
+    _members: dict[int, dict[str, Entry]] = field(default_factory=dict)
     _in: dict[str, list[int]] = field(default_factory=dict)
     _is_folder: dict[str, bool] = field(default_factory=dict)
 
@@ -110,9 +110,9 @@ class Pictures:
         if folder not in self._in:
             self._in[folder] = []
             for archive in sorted((self.folder / folder).glob("*.zip")):
-                self._members.append(dict(_members(archive)))
+                self._members[len(self.archives)] = dict(_members(archive))
+                self._in[folder].append(len(self.archives))
                 self.archives.append(archive)
-                self._in[folder].append(len(self.archives) - 1)
         return self._in[folder]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ def test_nearest_finds_the_picture_behind_the_noise(
     assert said(files, tmp_path / "n.json", control="nearest") == expected
     monkeypatch.setattr(controls, "CHUNK", 7)  # ragged chunks
     assert said(files, tmp_path / "n.json", control="nearest") == expected
+    shutil.make_archive(str(files["train"] / "images"), "zip", files["train"] / "images")
+    shutil.rmtree(files["train"] / "images")
+    assert said(files, tmp_path / "n.json", control="nearest") == expected, "not out of the archive"
 
 
 def test_random_is_drawn_by_seed(files: dict[str, Any], tmp_path: Path) -> None:

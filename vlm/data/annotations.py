@@ -85,7 +85,9 @@ class _Reader:
         self._pieces = self._read()
         self._text, self._at = "", 0
         self._decode = json.JSONDecoder().raw_decode
-        if self._more() and self._text.startswith("\ufeff"):
+        while not self._text and self._more():  # until the first character is whole
+            pass
+        if self._text.startswith("\ufeff"):
             self.take(1)
 
     def blank(self) -> str:

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from vlm import coco, files
 from vlm.config import COMBINED, Config, load
+from vlm.pictures import Pictures
 
 Control = Literal["random", "nearest", "reference"]
 SIDE = 32
@@ -60,7 +62,12 @@ def predict(
             pictures = coco.read_pictures(annotations, source / test.images)
             if lost := [image for image in references if image not in pictures]:
                 raise ValueError(f"{annotations}: {len(lost)} captioned images are not under `images`, first {lost[0]}")
-            chosen = nearest([pictures[image] for image in references], [path for path, _ in pairs])
+            packed = Pictures(train)
+            chosen = nearest(
+                [pictures[image] for image in references],
+                [path for path, _ in pairs],
+                read=lambda path: packed.read(path.relative_to(train).as_posix()),
+            )
             said = {image: pairs[index][1] for image, index in zip(references, chosen, strict=True)}
     files.write_json(out, [{"image_id": image, "caption": caption} for image, caption in said.items()])
 
@@ -110,7 +117,9 @@ def read_training(settings: Config, train: Path) -> list[tuple[Path, str]]:
     return pairs
 
 
-def nearest(tests: Sequence[Path], training: Sequence[Path]) -> list[int]:
+def nearest(
+    tests: Sequence[Path], training: Sequence[Path], read: Callable[[Path], bytes] = Path.read_bytes
+) -> list[int]:
     """Index of the training picture nearest to each test picture, by L2 between thumbnails; the first of equals.
 
     With x a test and y a training thumbnail, |x - y|^2 = |x|^2 - 2 x.y + |y|^2, of which |x|^2 is the same for all y.
@@ -119,7 +128,7 @@ def nearest(tests: Sequence[Path], training: Sequence[Path]) -> list[int]:
     tests_ND = np.concatenate([chunk for _, chunk in _thumbnails(tests, "test pictures")])
     best_N = np.full(len(tests), np.inf)
     index_N = np.zeros(len(tests), dtype=np.int64)
-    for start, chunk_MD in _thumbnails(training, "training pictures"):
+    for start, chunk_MD in _thumbnails(training, "training pictures", read):
         distance_NM = (chunk_MD * chunk_MD).sum(axis=1)[None, :] - 2 * tests_ND @ chunk_MD.T
         arg_N = distance_NM.argmin(axis=1)
         value_N = distance_NM[np.arange(len(tests)), arg_N]
@@ -129,18 +138,20 @@ def nearest(tests: Sequence[Path], training: Sequence[Path]) -> list[int]:
     return [int(index) for index in index_N]
 
 
-def _thumbnails(paths: Sequence[Path], what: str) -> Iterator[tuple[int, NDArray[np.float64]]]:
+def _thumbnails(
+    paths: Sequence[Path], what: str, read: Callable[[Path], bytes] = Path.read_bytes
+) -> Iterator[tuple[int, NDArray[np.float64]]]:
     """Chunks of thumbnails [<= CHUNK, SIDE * SIDE * 3], each with the index of its first picture."""
     with tqdm(total=len(paths), desc=what, unit="picture") as progress:
         for start in range(0, len(paths), CHUNK):
-            chunk = [_thumbnail(path) for path in paths[start : start + CHUNK]]
+            chunk = [_thumbnail(path, read) for path in paths[start : start + CHUNK]]
             progress.update(len(chunk))
             yield start, np.stack(chunk).astype(np.float64)
 
 
-def _thumbnail(path: Path) -> NDArray[np.uint8]:
+def _thumbnail(path: Path, read: Callable[[Path], bytes]) -> NDArray[np.uint8]:
     try:
-        with Image.open(path) as picture:
+        with Image.open(io.BytesIO(read(path))) as picture:
             picture.draft("RGB", (2 * SIDE, 2 * SIDE))  # a JPEG decodes at a fraction of its size, and faster
             small = picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
     except (OSError, UnidentifiedImageError) as error:
