@@ -342,3 +342,52 @@ def test_several_pictures_of_a_sample_keep_their_order(folder: Path, tmp_path: P
     for key, found in shown.items():
         position = int(key.split("/")[1])
         assert found == ([position, position + 1, position + 2] if position % 7 == 0 and position < 38 else [position])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", ["truncated", "vanished"])
+def test_a_shard_that_is_damaged_meanwhile_is_named(
+    open_loader: Open, folder: Path, tmp_path: Path, workers: int, damage: str
+) -> None:
+    shutil.copytree(folder / "data", tmp_path / "data")
+    captions = {"stages__pretrain__data": {"captions": 1.0}}
+    loader = open_loader(data=tmp_path / "data", data__workers=workers, data__shuffle_run=1, **captions)
+    path = tmp_path / "data/captions/shard-000001.tar"
+    message = f"{path} is truncated: 2048 bytes" if damage == "truncated" else f"{path} does not exist"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:2048])
+    else:
+        path.unlink()
+    with pytest.raises(ValueError, match=message):
+        _take(loader, 60)
+
+
+def test_samples_without_text_or_picture_are_counted(open_loader: Open, folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(folder / "data", data)
+    path = data / "captions/shard-000000.tar"
+    with tarfile.open(path) as old:
+        members = [(member, old.extractfile(member).read()) for member in old]  # type: ignore[union-attr]
+    keys = sorted({member.name[:9] for member, _ in members})[:2]
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as new:
+        for member, content in members:
+            has_text = member.name.endswith(".json")
+            if (member.name[:9], has_text) not in {(keys[0], True), (keys[1], False)}:
+                new.addfile(member, io.BytesIO(content))
+    index(data / "captions")
+    loader = open_loader(data=data, stages__pretrain__data={"captions": 1.0})
+    assert not {f"captions/{key}" for key in keys} & set(_keys(_take(loader, 90)))
+    text, picture = (loader.rejected.pop(f"captions/{key}") for key in keys)
+    assert text == f"captions/{keys[0]}: has no json in its shard"
+    assert "1 <image> in the text, 0 picture(s)" in picture and not loader.rejected
+
+
+def test_every_epoch_is_a_new_permutation(open_loader: Open, folder: Path) -> None:
+    """With runs of one sample and nothing held back, as in config.yaml."""
+    options = {"data__shuffle_run": 1, "data__shuffle_buffer": 1, "data__packing_buffer": 1}
+    loader = open_loader(**options, stages__pretrain__data={"captions": 1.0})
+    keys = _keys(_take(loader, 216))
+    train = _split_keys(folder, "captions", "shard")
+    assert set(keys[:108]) == set(keys[108:]) == train
+    together = set(zip(keys[:108], keys[1:108], strict=False)) & set(zip(keys[108:], keys[109:], strict=False))
+    assert len(together) <= 6

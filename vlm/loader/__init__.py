@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import pickle
 import sys
+import tarfile
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -172,7 +173,7 @@ def _training(
         # Freezing the garbage collector is for loader processes; in the main one the model lives.
         **({} if settings.workers else {"gc_collect_every_n_steps": 0}),
     )
-    return Loader(stream, preparation.sequence_length, rejection)
+    return Loader(stream, dirs.values(), preparation.sequence_length, rejection)
 
 
 def _vision_sizes(folder: Path) -> tuple[int, int]:
@@ -188,9 +189,10 @@ def _vision_sizes(folder: Path) -> tuple[int, int]:
 class Loader(Iterator[PackedBatch]):
     """Packed sequences without end, and what became of the samples so far."""
 
-    def __init__(self, stream: Any, sequence_length: int, rejection: Rejection) -> None:
+    def __init__(self, stream: Any, dirs: Iterable[Path], sequence_length: int, rejection: Rejection) -> None:
         self._stream = stream
         self._iterator: Iterator[Packed] | None = None
+        self._dirs = tuple(dirs)
         self._sequence_length = sequence_length
         self._rejection = rejection
         self.num_sequences = 0
@@ -212,7 +214,8 @@ class Loader(Iterator[PackedBatch]):
         """The next sequence.
 
         Raises:
-            ValueError: more than `data.max_rejected_share` of a data set's samples could not be used.
+            ValueError: more than `data.max_rejected_share` of a data set's samples could not be used, or a shard was
+                damaged or has vanished since the loader was opened.
         """
         if self._iterator is None:
             self._iterator = iter(self._stream)
@@ -223,6 +226,10 @@ class Loader(Iterator[PackedBatch]):
         except TooManyRejected as error:
             share = f"{self._rejection.max_share:.2%}"
             raise ValueError(f"{_last_line(error)}. data.max_rejected_share allows {share}") from None
+        except (OSError, ValueError, tarfile.TarError):
+            for directory in self._dirs:  # says which shard it is, if one was damaged meanwhile
+                blend.count(directory)
+            raise
         self.num_sequences += 1
         self.num_samples += len(packed.batch.sample_keys)
         self.num_tokens += packed.batch.num_tokens

@@ -42,6 +42,8 @@ class Preparation:
         Raises:
             ValueError: the sample cannot be trained on, or is longer than a sequence.
         """
+        if not text:
+            raise ValueError(f"{key}: has no {TEXT} in its shard")
         try:
             conversations = json.loads(text)["conversations"]
         except (ValueError, KeyError, TypeError) as error:
