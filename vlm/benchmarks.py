@@ -115,12 +115,12 @@ def find(source: Path, name: str, split: str) -> list[Path]:
     """Parquet files of a split in a copy of the Hub's repository, in their order; a parquet file is its own.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or not all of a table's files.
     """
     if source.is_file():
         return [source]
     folder = BENCHMARKS[name].folder
-    found = sorted((source / folder).glob(f"{split}-*.parquet"))
+    found = tables.find(source / folder, f"{split}-*.parquet")
     if not found:
         raise ValueError(f"{source}: holds no {folder}/{split}-*.parquet (evaluation.{name}.split)")
     return found
@@ -175,8 +175,10 @@ def read_to_score(sources: Sequence[Path], name: str, split: str) -> dict[str, Q
 
 
 def refuse_twins(names: Sequence[str], where: str) -> None:
-    """Raises:
-    ValueError: an id occurs more than once.
+    """Check that every id is there once, since answers are told apart by it.
+
+    Raises:
+        ValueError: one is there more than once.
     """
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"{where}: {len(twice)} ids occur more than once, first {twice[0]}")

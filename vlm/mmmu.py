@@ -96,7 +96,7 @@ def read_gold(path: Path, split: str = "validation") -> dict[str, dict[str, Any]
 def _parquet_rows(path: Path, split: str) -> list[tuple[Path, dict[str, Any]]]:
     paths = [path]
     if path.is_dir():
-        paths = sorted(path.glob(f"*/{split}-*.parquet")) or sorted(path.glob("*.parquet"))
+        paths = tables.find(path, f"*/{split}-*.parquet") or tables.find(path, "*.parquet")
         if not paths:
             raise ValueError(f"{path}: holds neither {ANSWERS} nor <Subject>/{split}-*.parquet")
     rows = []

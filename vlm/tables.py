@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+SHARD = re.compile(r"(?P<name>.+?)-(?P<number>\d+)-of-(?P<total>\d+)\b.*\.parquet")
+"""Name of one of a table's files, which may end in a hash: `test-00000-of-00002-1a2b3c.parquet`."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,28 @@ def _pictures(path: Path, row_group: int, column: str) -> list[bytes | None]:
     with parquet.ParquetFile(path) as table:
         rows = table.read_row_group(row_group, columns=[column]).column(column).to_pylist()
     return [(row or {}).get("bytes") for row in rows]
+
+
+def find(folder: Path, pattern: str) -> list[Path]:
+    """Files in the order of their names, all of them: those named `..-00001-of-00003..` say how many there are.
+
+    Returns:
+        Nothing where no file fits the pattern.
+
+    Raises:
+        ValueError: some of a table's files are missing, so that a score would be over a part of it.
+    """
+    paths = sorted(folder.glob(pattern))
+    there: dict[tuple[Path, str, int], set[int]] = defaultdict(set)
+    for path in paths:
+        if found := SHARD.fullmatch(path.name):
+            there[path.parent, found["name"], int(found["total"])].add(int(found["number"]))
+    for (parent, name, total), numbers in there.items():
+        if missing := sorted(set(range(total)) - numbers):
+            raise ValueError(
+                f"{parent}: {len(missing)} of the {total} files {name}-* are missing, first number {missing[0]}"
+            )
+    return paths
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:

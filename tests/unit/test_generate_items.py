@@ -139,7 +139,12 @@ def test_mmmu_files_that_are_none_are_refused(settings: configuration.Config, tm
         mmmu(settings, tmp_path, row, row)
     with pytest.raises(ValueError, match="columns options are missing"):
         mmmu(settings, tmp_path, {key: value for key, value in row.items() if key != "options"})
-    (tmp_path / "Shapes/validation-00000-of-00001.parquet").write_bytes(b"<html>")
+    path = tmp_path / "Shapes/validation-00000-of-00001.parquet"
+    path.rename(path.with_name("validation-00000-of-00003.parquet"))
+    with pytest.raises(ValueError, match=r"Shapes: 2 of the 3 files validation-\* are missing, first number 1"):
+        items.read_mmmu(settings, tmp_path)
+    path.with_name("validation-00000-of-00003.parquet").unlink()
+    path.write_bytes(b"<html>")
     with pytest.raises(ValueError, match="not a parquet file"):
         items.read_mmmu(settings, tmp_path)
 
@@ -187,11 +192,22 @@ def test_mathvista_asks_for_the_kind_of_answer(tmp_path: Path) -> None:
 
 def test_questions_of_several_files_are_numbered_on(tmp_path: Path) -> None:
     rows = benchmark_rows("ai2d")
-    write_benchmark(tmp_path / "ai2d", "ai2d", rows[:2])
-    first = tmp_path / "ai2d/data/test-00000-of-00001.parquet"
-    first.rename(first.with_name("test-00000-of-00000.parquet"))
-    read = benchmark(tmp_path, "ai2d", rows[2:])
+    for number, part in enumerate((rows[:2], rows[2:])):
+        write_benchmark(tmp_path / "ai2d", "ai2d", part)
+        path = tmp_path / "ai2d/data/test-00000-of-00001.parquet"
+        path.rename(path.with_name(f"test-0000{number}-of-00002-1a2b3c.parquet"))
+    section = overlay("benchmarks")["evaluation"]["ai2d"]
+    chosen = configuration.load(write_config(tmp_path / "config.yaml", evaluation={"ai2d": section}))
+    read = items.TASKS["ai2d"].read(chosen, tmp_path / "ai2d")
     assert [(item.id, item.part) for item in read] == [("0", 0), ("1", 0), ("2", 1)]
+    (tmp_path / "ai2d/data/test-00000-of-00002-1a2b3c.parquet").unlink()
+    for reads in (lambda: items.TASKS["ai2d"].read(chosen, tmp_path / "ai2d"), lambda: scored(tmp_path / "ai2d")):
+        with pytest.raises(ValueError, match=r"data: 1 of the 2 files test-\* are missing, first number 0"):
+            reads()
+
+
+def scored(source: Path) -> object:
+    return read_to_score([source], "ai2d", "test")
 
 
 def test_benchmarks_that_cannot_be_asked_are_refused(settings: configuration.Config, tmp_path: Path) -> None:

@@ -130,10 +130,10 @@ def read_mmmu(config: Config, source: Path) -> list[Item]:
     """Every question of the parquet files `<Subject>/<split>-*.parquet` below `source`.
 
     Raises:
-        ValueError: no file, another schema, an id twice, or a question whose markers and pictures do not fit.
+        ValueError: no file or not all, another schema, an id twice, or a question that its pictures do not fit.
     """
     test = config.evaluation.mmmu
-    paths = sorted(source.glob(f"*/{test.split}-*.parquet"))
+    paths = tables.find(source, f"*/{test.split}-*.parquet")
     if not paths:
         raise ValueError(f"{source}: holds no <Subject>/{test.split}-*.parquet (evaluation.mmmu.split)")
     images = [f"image_{number}" for number in range(1, MAX_IMAGES + 1)]
