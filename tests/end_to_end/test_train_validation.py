@@ -117,6 +117,16 @@ def test_killed_and_resumed_it_knows_the_best_and_how_long_ago_that_was(train, r
     assert (killed / "checkpoints/best").read_text() == (alone / "checkpoints/best").read_text()
 
 
+def test_the_last_checkpoint_is_named_the_best_after_a_kill(train):
+    """No other save comes that could name it."""
+    settings = WATCHED | {"keep_best": True}
+    out = train("last-is-best", ("vlm.checkpoint.places:name_best", 3), **settings)
+    assert checkpoint.resolve(out / "checkpoints/best").name == "iteration_0000008"
+    assert train("last-is-best", **settings) == out
+    assert checkpoint.resolve(out / "checkpoints/best") == checkpoint.latest(out)
+    assert finished(out)["best_iteration"] == ITERATIONS
+
+
 def test_a_stage_that_stopped_early_is_finished_and_another_starts_from_it(train, workspace, tmp_path):
     """`train` again on a finished run says so and leaves it alone."""
     settings = WATCHED | SPOILT | {"early_stop": 1, "keep_best": False, "save_interval": 100}
