@@ -9,12 +9,13 @@ import shutil
 
 import pytest
 import torch
-from folder_fixtures import VOCABULARY, make_combined, names, write_settings
+from folder_fixtures import VOCABULARY, make_combined, names, write_language, write_settings
 from model_fixtures import LANGUAGE, VISION
 
 from vlm import checkpoint
 from vlm.checkpoint import Tensors
 from vlm.convert import combine
+from vlm.convert import language as language_model
 from vlm.convert.legacy import convert
 from vlm.export.legacy import export
 from vlm.weights import language_table, legacy, projector_table, vision_table
@@ -165,6 +166,22 @@ def test_each_rank_holds_its_share_of_every_matrix(tmp_path, combined):
         assert (content["args"].padded_vocab_size, content["args"].rotary_base) == (512, 5000)
     padded = torch.cat([content["model"]["language_model.embedding.word_embeddings.weight"] for content in ranks])
     assert torch.equal(padded[:VOCABULARY], embedding) and (padded[VOCABULARY:] == embedding[-1]).all()
+
+
+@pytest.mark.parametrize("positions", [8192, 64], ids=["as-megatrons", "another-length"])
+def test_llama_3s_positions_are_told_to_megatron_or_refused(tmp_path, positions):
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = positions
+    source = write_language(tmp_path / "hub", llama=True, rope_parameters=rope, max_position_embeddings=131072)
+    language_model.convert(source, tmp_path / "language")
+    if positions == 8192:
+        export(tmp_path / "language", tmp_path / "legacy", 1)
+        arguments = read(tmp_path / "legacy" / RANK.format(0))["args"]
+        assert arguments.use_rope_scaling and arguments.rope_scaling_factor == 32
+    else:
+        with pytest.raises(ValueError, match="original_max_positions=64.* is not Megatron-LM's, which has .*=8192"):
+            export(tmp_path / "language", tmp_path / "legacy", 1)
+        assert not (tmp_path / "legacy").exists()
 
 
 def test_a_trained_stage_is_exported_with_what_it_inherits(tmp_path, combined, base):

@@ -20,11 +20,12 @@ from folder_fixtures import (
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from vlm import checkpoint
+from vlm import checkpoint, parallel, weights
 from vlm.checkpoint import Manifest, Parent, Tensors
 from vlm.convert import combine, language, llava, verify, vision
 from vlm.export import base
 from vlm.export import llava as exports
+from vlm.generate import speaker
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 64}
@@ -210,11 +211,27 @@ def test_llava_comes_back_to_the_bit(tmp_path, combined, saved_by):
         assert read_config(tmp_path / "back") == read_config(tmp_path / "wanted")
 
 
-def test_a_tied_llama_3_is_the_same_model_everywhere(tmp_path):
+def test_half_precision_as_llava_15_has_it_comes_back_and_answers(tmp_path, combined):
     from transformers import LlavaForConditionalGeneration
 
-    from vlm import parallel, weights
-    from vlm.generate import speaker
+    exports.export(combined, tmp_path / "first")
+    loaded(LlavaForConditionalGeneration, tmp_path / "first").half().save_pretrained(tmp_path / "first")
+    llava.convert(tmp_path / "first", tmp_path / "megatron")
+    exports.export(tmp_path / "megatron", tmp_path / "back")
+    found = stored(tmp_path / "back")
+    assert_same(found, stored(tmp_path / "first"))
+    assert {tensor.dtype for tensor in found.values()} == {torch.float16}
+    name = "vision_tower.vision_model.pre_layrnorm.weight"
+    for folder in ("first", "megatron"):
+        try:
+            weight = speaker.load(tmp_path / folder).model.vision_model.ln_pre.weight
+        finally:
+            parallel.destroy()
+        assert weight.dtype == torch.float32 and torch.equal(weight, found[name].float())
+
+
+def test_a_tied_llama_3_is_the_same_model_everywhere(tmp_path):
+    from transformers import LlavaForConditionalGeneration
 
     made = make_combined(tmp_path, {"llama": True, "tied": True, "rope_parameters": LLAMA3})
     hub = tmp_path / "hub"

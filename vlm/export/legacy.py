@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vlm import checkpoint, files
 from vlm.checkpoint import Manifest, Tensors
-from vlm.model.sizes import LanguageSizes, VisionSizes, language_sizes, vision_sizes
+from vlm.model.sizes import LanguageSizes, RopeScaling, VisionSizes, language_sizes, vision_sizes
 from vlm.weights import legacy
 from vlm.weights.legacy import LEFT_OUT, PADDED, TRACKER, Spec
 from vlm.weights.tables import num_bytes
@@ -181,6 +181,7 @@ def _language_args(sizes: LanguageSizes, padded_vocab_size: int) -> dict[str, An
         "rotary_base": int(theta) if theta.is_integer() else theta,
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
+        **_rope_scaling(sizes.rope_scaling),
         "normalization": "RMSNorm",
         "norm_epsilon": sizes.norm_eps,
         "swiglu": True,
@@ -192,6 +193,17 @@ def _language_args(sizes: LanguageSizes, padded_vocab_size: int) -> dict[str, An
         "padded_vocab_size": padded_vocab_size,
         "make_vocab_size_divisible_by": VOCABULARY_MULTIPLE,
     }
+
+
+def _rope_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
+    """Megatron-LM takes the factor alone; the rest is fixed (megatron/core/models/common/embeddings/
+    rotary_pos_embedding.py: `_apply_scaling`)."""
+    if scaling is None:
+        return {"use_rope_scaling": False}
+    fixed = RopeScaling(scaling.factor, 1.0, 4.0, 8192)
+    if scaling != fixed:
+        raise ValueError(f"config.json of the language model: {scaling} is not Megatron-LM's, which has {fixed}")
+    return {"use_rope_scaling": True, "rope_scaling_factor": scaling.factor}
 
 
 def _vision_args(sizes: VisionSizes) -> dict[str, Any]:

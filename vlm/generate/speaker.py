@@ -91,6 +91,11 @@ def check(config: Config, folder: Path) -> None:
         checkpoint.check_settings(config, folder, manifest.models, manifest.settings["image_resize"])
 
 
+def _own_dtype(stored: str) -> Dtype:
+    """The type to compute in where none is named: what the weights were made in, or for float16 one that holds it."""
+    return "float32" if stored == "float16" else cast(Dtype, stored)
+
+
 def _whole(folder: Path, manifest: Manifest) -> None:
     if manifest.kind not in ("combined", "stage"):
         raise ValueError(f"{folder}: holds a {manifest.kind} model alone, which cannot answer about pictures")
@@ -115,7 +120,7 @@ def load(folder: Path, *, backend: Backend = "torch", dtype: Dtype | None = None
     _whole(found, manifest)
     from vlm.model import build_from_checkpoint
 
-    model = build_from_checkpoint(found, backend=backend, dtype=dtype or manifest.settings["dtype"])
+    model = build_from_checkpoint(found, backend=backend, dtype=dtype or _own_dtype(manifest.settings["dtype"]))
     token = manifest.models["language"]["image_token"]
     prompter = Prompter(checkpoint.huggingface(found, "language"), token, model.num_image_tokens)
     return Speaker(model, prompter, manifest.settings["image_resize"])
@@ -127,7 +132,7 @@ def _load_exported(folder: Path, backend: Backend, dtype: Dtype | None) -> Speak
 
     exported = weights.read_exported(folder)
     settings = Settings(
-        exported.models, Kernels(backend=backend), dtype or cast(Dtype, exported.dtype), parallel.single()
+        exported.models, Kernels(backend=backend), dtype or _own_dtype(exported.dtype), parallel.single()
     )
     mean, std = read_pixel_statistics(folder)
     configs = exported.language_config, exported.vision_config
