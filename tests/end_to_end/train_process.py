@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -55,6 +57,32 @@ def ask_while_busy(number: int) -> None:
     """Twice, while the main thread is where Python runs no signal handlers for half a minute."""
     threading.Thread(target=ask, args=(number, 2, 0.5)).start()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 50_000_000)
+
+
+def stop_still() -> None:
+    """As a machine that hangs: nothing of this process goes on, and its connections stay open."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def limit_files(num_bytes: int) -> None:
+    """Let no file grow beyond a size, as a full disk does."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+def fail(number: int, path: str) -> None:
+    raise OSError(number, os.strerror(number), path)
+
+
+def shorten(*paths: Path) -> None:
+    for path in paths:
+        os.truncate(path, path.stat().st_size // 2)
+
+
+def plant_not_a_number() -> None:
+    """In a weight of the projector, as a broken memory might."""
+    (model,) = (one for one in gc.get_objects() if type(one).__name__ == "Llava")
+    parameter = next(model.vision_projection.parameters())
+    parameter.data.view(-1)[0] = float("nan")
 
 
 def start(

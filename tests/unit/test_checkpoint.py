@@ -248,7 +248,7 @@ def test_latest_moves_only_to_a_complete_checkpoint(tmp_path, combined, settings
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(checkpoint.NotSaved, match="iteration_0000002: could not be saved: .*No space left"):
         training.save(tmp_path, combined, 2)
     monkeypatch.undo()
     assert names(tmp_path / "checkpoints") == {"latest", first.name}

@@ -16,13 +16,17 @@ from vlm.files import writing
 
 if TYPE_CHECKING:
     from vlm.checkpoint.model import load_model, save
-    from vlm.checkpoint.stage import Resumed, load_stage, save_stage
+    from vlm.checkpoint.pending import NotSaved, Pending
+    from vlm.checkpoint.stage import Resumed, begin_stage, load_stage, save_stage
     from vlm.checkpoint.tensors import Tensors, write_tensors
 
 _LATER = {
     "load_model": "model",
     "save": "model",
+    "NotSaved": "pending",
+    "Pending": "pending",
     "Resumed": "stage",
+    "begin_stage": "stage",
     "load_stage": "stage",
     "save_stage": "stage",
     "Tensors": "tensors",
@@ -32,9 +36,12 @@ _LATER = {
 __all__ = [
     "PARTS",
     "Manifest",
+    "NotSaved",
     "Parent",
+    "Pending",
     "Resumed",
     "Tensors",
+    "begin_stage",
     "chain",
     "check_settings",
     "huggingface",

@@ -5,6 +5,7 @@ megatron-core is imported inside the functions: it takes seconds, and reading te
 
 from __future__ import annotations
 
+import io
 import shutil
 import warnings
 from collections import defaultdict
@@ -55,7 +56,7 @@ def sharded_state(model: Any, parts: Iterable[str] | None = None) -> State:
     return chosen
 
 
-def _save_strategy() -> Any:
+def _save_strategy(held: dict[str, io.BytesIO] | None) -> Any:
     """megatron-core's `torch_dist` save strategy on the writer of `torch.distributed.checkpoint`.
 
     The one megatron-core ships (dist_checkpointing/strategies/filesystem_async.py:54) spawns a process that loads
@@ -71,7 +72,7 @@ def _save_strategy() -> Any:
             with own_errors():
                 dcp.save(
                     mcore.mcore_to_pyt_state_dict(state, is_loading=False),
-                    storage_writer=Writer(checkpoint_dir),
+                    storage_writer=Writer(checkpoint_dir, held),
                     planner=mcore.MCoreSavePlanner(flatten_state_dict=False),
                 )
 
@@ -82,11 +83,16 @@ def _save_strategy() -> Any:
     return Direct("torch_dist", 1)
 
 
-def write_state(folder: Path, state: State) -> None:
-    """Write sharded tensors and what is not sharded into a folder that all ranks see. Called by all ranks."""
+def write_state(folder: Path, state: State, held: dict[str, io.BytesIO] | None = None) -> None:
+    """Write sharded tensors and what is not sharded into a folder that all ranks see. Called by all ranks.
+
+    Args:
+        held: gets the content of this rank's tensor file by name, which is then left to be written.
+    """
     from megatron.core import dist_checkpointing
 
-    dist_checkpointing.save(state, str(folder), sharded_strategy=_save_strategy(), content_metadata=dict(METADATA))
+    strategy = _save_strategy(held)
+    dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, content_metadata=dict(METADATA))
 
 
 def read_state(folder: Path, state: State) -> State:
@@ -117,22 +123,33 @@ def save(out: Path, sharded_state: State, manifest: Manifest, side_files: Path |
 @contextmanager
 def writing_together(out: Path, manifest: Manifest, side_files: Path | None) -> Iterator[Path]:
     """As `vlm.checkpoint.writing`, for a folder that all ranks write into; the first adds what is not theirs."""
-    folder = out.parent / f".{out.name}.writing"
-    if is_first():
-        files.beside(out)
-    barrier()
+    folder = prepare(out)
     try:
         yield folder
         barrier()
         if is_first():
-            if side_files is not None:
-                shutil.copytree(side_files / "huggingface", folder / "huggingface")
-            manifest.write(folder)
-            files.put_in_place(folder, out)
+            complete(folder, out, manifest, side_files)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     barrier()
+
+
+def prepare(out: Path) -> Path:
+    """A fresh folder beside `out` that all ranks see. Called by all ranks."""
+    folder = out.parent / f".{out.name}.writing"
+    if is_first():
+        files.beside(out)
+    barrier()
+    return folder
+
+
+def complete(folder: Path, out: Path, manifest: Manifest, side_files: Path | None) -> None:
+    """Add what no rank of its own writes and give the folder its name. Called on the first rank."""
+    if side_files is not None:
+        shutil.copytree(side_files / "huggingface", folder / "huggingface")
+    manifest.write(folder)
+    files.put_in_place(folder, out)
 
 
 def is_first() -> bool:

@@ -7,8 +7,10 @@ rank alone (its random generators) is in `rank_00000.pt`, the place in the data 
 
 from __future__ import annotations
 
+import io
 import os
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import distributed
 from vlm.checkpoint import model as models
 from vlm.checkpoint import places
 from vlm.checkpoint.manifest import PARTS, Manifest, Parent, read_manifest
+from vlm.checkpoint.pending import NotSaved, Pending
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def _data_file(folder: Path) -> Path:
     return folder / f"data_{parallel_state.get_data_parallel_rank():05d}.pt"
 
 
-def save_stage(
+def begin_stage(
     out: Path,
     *,
     stage: str,
@@ -80,9 +83,10 @@ def save_stage(
     extra: dict[str, Any] | None = None,
     keep: int = 2,
     best: int | None = None,
-) -> Path:
-    """Save a stage at an iteration; `latest` moves to it when it is complete and on disk, and older
-    ones go. Called by all ranks.
+) -> Pending:
+    """Begin to save a stage at an iteration. Called by all ranks, which may train on when it returns.
+
+    When the checkpoint is finished, `latest` moves to it and older ones go.
 
     Args:
         out: the stage's folder; the checkpoint becomes `out/checkpoints/iteration_0000200`.
@@ -99,8 +103,8 @@ def save_stage(
         keep: how many of the newest checkpoints stay.
         best: iteration of the one that stays beside them, and which `best` names from now on.
 
-    Returns:
-        The folder of the checkpoint.
+    Raises:
+        NotSaved: the folder cannot be written.
     """
     from megatron.core import parallel_state
 
@@ -132,17 +136,35 @@ def save_stage(
         "layout": _layout(),
         "distributed_optimizer": _distributed(optimizer),
     }
-    with models.writing_together(destination, manifest, origin) as folder:
-        models.write_state(folder, state)
-        torch.save(own, _rank_file(folder, _rank()))
+    held: dict[str, io.BytesIO] = {}
+    try:
+        folder = models.prepare(destination)
+        models.write_state(folder, state, held)
+        held[_rank_file(folder, _rank()).name] = _content(own)
         if parallel_state.get_model_parallel_group().rank() == 0:
-            torch.save({"loader": _pack(loader)}, _data_file(folder))
-    if models.is_first():
+            held[_data_file(folder).name] = _content({"loader": _pack(loader)})
+    except OSError as error:
+        shutil.rmtree(destination.with_name(f".{destination.name}.writing"), ignore_errors=True)
+        raise NotSaved(destination, error, sum(len(one.getbuffer()) for one in held.values())) from error
+
+    def publish() -> None:
+        models.complete(folder, destination, manifest, origin)
         places.point_to(destination)
         places.name_best(out, best)
         places.prune(out, keep=keep)
-    models.barrier()
-    return destination
+
+    return Pending(destination, folder, held, publish)
+
+
+def save_stage(out: Path, **options: Any) -> Path:
+    """`begin_stage` and wait until the checkpoint is finished; returns its folder."""
+    return begin_stage(out, **options).finish()
+
+
+def _content(value: Any) -> io.BytesIO:
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content
 
 
 def load_stage(checkpoint: Path, *, model: Any, optimizer: Any, scheduler: Any) -> Resumed:

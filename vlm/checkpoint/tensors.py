@@ -70,32 +70,38 @@ class _StreamPlanner(dcp.DefaultSavePlanner):
 
 
 class Writer(dcp.FileSystemWriter):
-    """Writes one file per rank, a tensor at a time.
+    """Writes one file per rank, a tensor at a time, or into memory for `vlm.checkpoint.pending` to write.
 
     The base class keeps every tensor it has written until the file is closed
     (torch/distributed/checkpoint/filesystem.py: `_write_files_from_queue`): the whole model, on a GPU a copy of it.
     """
 
+    def __init__(self, folder: Path | str, held: dict[str, io.BytesIO] | None = None) -> None:
+        super().__init__(folder)
+        self._held = held
+        """Gets the content by file name, if the files are to be written later."""
+
     def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
-        results = []
-        with open(Path(self.path) / name, "wb") as stream:
-            for item in plan.items:
-                results.append(
-                    _write_item(
-                        self.transforms,
-                        stream,
-                        _plain(planner.resolve_data(item)),
-                        item,
-                        name,
-                        self.serialization_format,
-                    )
-                )
-            stream.flush()
-            os.fsync(stream.fileno())
+        if self._held is None:
+            with open(Path(self.path) / name, "wb") as stream:
+                results = self._write_items(stream, name, plan, planner)
+                stream.flush()
+                os.fsync(stream.fileno())
+        else:
+            self._held[name] = io.BytesIO()
+            results = self._write_items(self._held[name], name, plan, planner)
         future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         future.set_result(results)
         return future
+
+    def _write_items(self, stream: Any, name: str, plan: SavePlan, planner: dcp.SavePlanner) -> list[WriteResult]:
+        return [
+            _write_item(
+                self.transforms, stream, _plain(planner.resolve_data(item)), item, name, self.serialization_format
+            )
+            for item in plan.items
+        ]
 
 
 def _plain(data: Tensor | io.BytesIO) -> Tensor | io.BytesIO:

@@ -76,6 +76,9 @@ def run(
     except lock.Taken as taken:
         print(f"vlm: {taken}", file=sys.stderr)
         return lock.EXIT_TAKEN
+    except OSError as error:
+        print(f"vlm: {stage}: {error}; what was saved is whole, the same command goes on from there", file=sys.stderr)
+        return 1
 
 
 def _is_finished(plan: Plan) -> bool:
@@ -88,7 +91,7 @@ def _is_finished(plan: Plan) -> bool:
 def _train(plan: Plan, stop: Stop) -> int:
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
-    from vlm import parallel
+    from vlm import checkpoint, parallel
     from vlm.train.step import NonFiniteError  # torch, megatron-core and Energon: 4 s
     from vlm.train.trainer import Trainer
     from vlm.train.watch import Watch
@@ -97,7 +100,7 @@ def _train(plan: Plan, stop: Stop) -> int:
     try:
         with Watch(), Trainer(plan, stop) as trainer:
             stopped = trainer.train()
-    except NonFiniteError as error:
+    except (NonFiniteError, checkpoint.NotSaved) as error:
         print(f"vlm: {error}", file=sys.stderr)
         return 1
     parallel.destroy()  # not after an error, when other ranks may still wait in a collective

@@ -73,6 +73,7 @@ class Trainer:
             self.validation = Validation(wrapped, _open_data(plan, "val"), max_sequences=limit, **layout)
         self.iteration = 0 if newest is None else self._resume(newest)
         self.saved_iteration = self.iteration
+        self.pending: checkpoint.Pending | None = None
         self._claim(known)
         self.last_good = newest or plan.parent
         self.step = Step(wrapped, self.optimizer, self.loader, **layout)
@@ -91,6 +92,8 @@ class Trainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and torch.distributed.get_world_size() == 1:
+            self._finish_saving()  # several ranks cannot: some of them may be in a collective that will not end
         self.reporter.close()
         self._close_data()
 
@@ -106,7 +109,10 @@ class Trainer:
         stage = self.plan.settings
         self.stop.began()
         while not self._ended():
-            if code := self._agreed(self.stop.code):
+            code, busy = self._agreed(self.stop.code, self.pending is not None and self.pending.busy)
+            if not busy:
+                self._finish_saving()
+            if code:
                 return self._leave(code)
             outcome = self._step()
             validation = self._validate()
@@ -116,6 +122,7 @@ class Trainer:
                 if stage.keep_best:
                     self.progress.saving(self.iteration, validation["validation_loss"])
                 self._save()
+        self._finish_saving()
         rejected = self._rejected()
         if self.first_rank:
             self._finish(rejected)
@@ -126,6 +133,7 @@ class Trainer:
         try:
             outcome = self.step()
         except NonFiniteError as error:
+            self._finish_saving()
             raise NonFiniteError(
                 f"{self.plan.stage}: iteration {self.iteration + 1} is not finite: {error}. "
                 f"The last good checkpoint is {self.last_good}; nothing was written over it."
@@ -147,6 +155,7 @@ class Trainer:
         started = time.monotonic()
         losses = self.validation()
         if not math.isfinite(losses["validation_loss"]):
+            self._finish_saving()
             raise NonFiniteError(
                 f"{self.plan.stage}: the validation loss after iteration {self.iteration} is "
                 f"{losses['validation_loss']}. The last good checkpoint is {self.last_good}."
@@ -155,18 +164,18 @@ class Trainer:
         self.progress.add(losses["validation_loss"])
         return losses
 
-    def _agreed(self, value: int) -> int:
+    def _agreed(self, *values: int) -> list[int]:
         """The largest of all ranks' values: what one rank was asked for, all do, at the same iteration."""
-        if torch.distributed.get_world_size() == 1:
-            return value
-        largest = torch.tensor(value)  # on the CPU, so that a GPU that is still busy is not waited for
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-        return int(largest)
+        largest = torch.tensor(values)  # on the CPU, so that a GPU that is still busy is not waited for
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        return largest.tolist()
 
     def _leave(self, code: int) -> str:
         """Save what is not yet saved."""
         if self.iteration > self.saved_iteration:
             self._save()
+        self._finish_saving()
         return (
             f"{self.plan.stage}: stopped by {name(code)} after iteration {self.iteration} of "
             f"{self.plan.settings.iterations}, all of it is in {self.last_good}; the same command goes on from there"
@@ -253,9 +262,10 @@ class Trainer:
         return {key: reason for rank in ranks for key, reason in sorted(rank.items())}
 
     def _save(self) -> None:
-        started = time.monotonic()
+        """Begin to save; a thread writes while training goes on."""
+        self._finish_saving()
         self.reporter.sync()
-        self.last_good = checkpoint.save_stage(
+        self.pending = checkpoint.begin_stage(
             self.plan.out,
             stage=self.plan.stage,
             iteration=self.iteration,
@@ -277,7 +287,12 @@ class Trainer:
             best=self.progress.best,
         )
         self.saved_iteration = self.iteration
-        self.stop.saved(time.monotonic() - started)
+
+    def _finish_saving(self) -> None:
+        if self.pending is not None:
+            self.last_good = self.pending.finish()
+            self.stop.saved(self.pending.seconds)
+            self.pending = None
 
     def _peak_memory(self) -> int:
         """Largest memory of a rank so far: on its GPU, or in all where it has none. Called by all ranks."""
@@ -285,7 +300,7 @@ class Trainer:
             now = torch.cuda.max_memory_allocated()
         else:
             now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.peak_memory_bytes = max(self.peak_memory_bytes, self._agreed(now))
+        self.peak_memory_bytes = max(self.peak_memory_bytes, self._agreed(now)[0])
         return self.peak_memory_bytes
 
     def _finish(self, rejected: dict[str, str]) -> None:
