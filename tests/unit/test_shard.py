@@ -69,7 +69,9 @@ def test_shards_have_their_size_and_a_shuffled_order(sharded: tuple[Path, list[d
     assert keys["shard-000000.tar"] != sorted(keys["shard-000000.tar"])
     assert max(keys["shard-000000.tar"]) > 90 and min(keys["shard-000001.tar"]) < 30
     counts = json.loads((folder / "out/shards.json").read_text())
-    assert counts.pop("fingerprint") and counts.pop("sizes") == {path: (folder / "out" / path).stat().st_size for path in keys}
+    assert counts.pop("fingerprint") and counts.pop("sizes") == {
+        path: (folder / "out" / path).stat().st_size for path in keys
+    }
     assert counts == {"data_set": "captions", "train": 108, "validation": 12, "rejected": 0, "left_out": 0}
 
 
@@ -206,5 +208,16 @@ def test_index_refuses_a_folder_without_samples(tmp_path: Path) -> None:
         index(tmp_path)
     (tmp_path / "shard-000000.tar").write_bytes(b"\0" * 10240)
     with pytest.raises(ValueError, match="shard-000000.tar has no samples"):
+        index(tmp_path)
+    assert not (tmp_path / ".nv-meta").exists()
+
+
+@pytest.mark.parametrize("shards", [["ab", "cb"], ["aba"]], ids=["two-shards", "one-shard"])
+def test_index_refuses_a_key_that_comes_twice(tmp_path: Path, shards: list[str]) -> None:
+    for number, keys in enumerate(shards):
+        with tarfile.open(tmp_path / f"shard-{number:06d}.tar", "w") as tar:
+            for key in keys:
+                tar.addfile(tarfile.TarInfo(f"{key}.json"))
+    with pytest.raises(ValueError, match=f"two samples have the key {'b' if len(shards) == 2 else 'a'}; run"):
         index(tmp_path)
     assert not (tmp_path / ".nv-meta").exists()

@@ -26,7 +26,8 @@ def index(directory: Path) -> None:
     """Write `directory/.nv-meta`, replacing an older one.
 
     Raises:
-        ValueError: the folder holds no training shards, or a shard is truncated or has no samples.
+        ValueError: the folder holds no training shards, a shard is truncated or has no samples, or two samples have
+            the same key.
     """
     shards = sorted(path.name for path in directory.glob("*.tar"))
     if not any(name.startswith("shard-") for name in shards):
@@ -54,6 +55,7 @@ def _check_end(path: Path) -> None:
 
 def _prepare(directory: Path, shards: list[str]) -> None:
     from megatron.energon.flavors import BaseWebdatasetFactory  # 2 s
+    from megatron.energon.flavors.webdataset.indexing import DuplicateSampleKeyError
 
     def progress(items: Iterator[Any], total: int) -> Iterator[Any]:
         return iter(tqdm(items, total=total, desc=f"index {directory.name}", unit="shard"))
@@ -71,5 +73,10 @@ def _prepare(directory: Path, shards: list[str]) -> None:
             )
     except AssertionError as error:
         raise ValueError(f"{directory}: {error} It is empty or damaged; run `vlm data shard` again") from None
+    except SystemExit as exit:  # which is how Energon refuses, having printed why
+        if not isinstance(exit.__context__, DuplicateSampleKeyError):
+            raise
+        key = exit.__context__.sample_key
+        raise ValueError(f"{directory}: two samples have the key {key}; run `vlm data shard` again") from None
     dataset = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
     (directory / METADATA / "dataset.yaml").write_text(yaml.safe_dump(dataset, sort_keys=False))
