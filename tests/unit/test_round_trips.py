@@ -51,6 +51,11 @@ def loaded(kind, folder):
     return model.eval()
 
 
+@pytest.fixture(scope="module")
+def combined(tmp_path_factory):
+    return make_combined(tmp_path_factory.mktemp("run"))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -79,6 +84,23 @@ def test_language_models_come_back_to_the_bit(tmp_path, options):
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "back", source)]
     assert tokenizers[0](text).input_ids == tokenizers[1](text).input_ids
     assert ours.generation_config.eos_token_id == theirs.generation_config.eos_token_id == 2
+
+
+def test_weights_trained_in_another_type_are_described_as_they_are(tmp_path, combined):
+    """As after a bfloat16 run from float32 base models."""
+    from transformers import AutoModelForCausalLM
+
+    tensors = Tensors(combined.parent / "language")
+    with checkpoint.writing(tmp_path / "trained") as folder:
+        specs = {key: (torch.bfloat16, shape) for key, (_, shape) in tensors.specs.items()}
+        checkpoint.write_tensors(folder, specs, lambda key: tensors.read(key).bfloat16())
+        shutil.copytree(combined.parent / "language/huggingface", folder / "huggingface")
+        tensors.links[0][1].write(folder)
+    base.export_language(tmp_path / "trained", tmp_path / "back")
+    wanted = {name: tensor.bfloat16() for name, tensor in stored(combined.parent / "hub/language").items()}
+    assert_same(stored(tmp_path / "back"), wanted)
+    assert read_config(combined.parent / "hub/language")["dtype"] == "float32"
+    assert loaded(AutoModelForCausalLM, tmp_path / "back").dtype == torch.bfloat16
 
 
 def test_stretched_positions_in_the_older_spelling_survive(tmp_path):
@@ -169,11 +191,6 @@ def test_openais_names_become_hugging_faces(tmp_path, text_tower, described):
     pixels, states = hidden_states(model)
     torch.testing.assert_close(states[-1], openai_features(tensors, pixels), atol=1e-4, rtol=0)
     assert CLIPImageProcessor.from_pretrained(tmp_path / "back").crop_size["height"] == 24
-
-
-@pytest.fixture(scope="module")
-def combined(tmp_path_factory):
-    return make_combined(tmp_path_factory.mktemp("run"))
 
 
 def test_verify_reads_openais_names(tmp_path, combined):
