@@ -31,7 +31,8 @@ def _loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum of the losses of a micro-batch and the number of its trained tokens, as mcore's schedule takes them; and the
     sums by data set, float64 [K]. Not `index_add`, whose order of addition varies on a GPU."""
-    count = torch.tensor(losses_R.numel(), dtype=torch.int, device=losses_R.device)
+    # Filled on the device: a copy of the number would make the host wait for all that the device was asked before.
+    count = torch.full((), losses_R.numel(), dtype=torch.int, device=losses_R.device)
     apart_KR = losses_R.detach().double().unsqueeze(0)
     if sets_R is not None:
         numbers_K1 = torch.arange(num_sets, device=losses_R.device).unsqueeze(1)
