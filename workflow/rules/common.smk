@@ -132,6 +132,13 @@ def finished_file(model):
     return model_folder(model) if model == COMBINED else f"{model_folder(model)}/finished.json"
 
 
+def exported_model(wildcards):
+    """What the export waits for, where the configuration has one."""
+    if not CONFIG.export:
+        raise WorkflowError("export: is false; `vlm export --part language` and `--part vision` write the models alone")
+    return finished_file(LAST_STAGE)
+
+
 def stage_inputs(wildcards):
     """The checkpoint that a stage starts from, proven, and the indexed data of its blend."""
     stage = CONFIG.stages[wildcards.stage]

@@ -94,12 +94,6 @@ if not CONFIG.export:
     print("export: is false, so `all` writes no transformers LLaVA folder.", file=sys.stderr)
 
 
-def exported_model(wildcards):
-    if not CONFIG.export:
-        raise WorkflowError("export: is false; `vlm export --part language` and `--part vision` write the models alone")
-    return finished_file(LAST_STAGE)
-
-
 rule export:
     input:
         exported_model,
