@@ -186,9 +186,15 @@ class Trainer:
         self.reporter.advance(outcome)
         if now:
             rate = optimizer.learning_rate(self.optimizer)
-            self.reporter.write(self.totals.line(self.iteration, outcome, rate, self.meter, self._peak_memory()))
+            line = self.totals.line(self.iteration, outcome, rate, self.meter, self._peak_memory())
+            self.reporter.write(line | {"packing_efficiency": self._packing_efficiency()})
         if validation:
             self.reporter.write({"iteration": self.iteration, **validation})
+
+    def _packing_efficiency(self) -> float:
+        """Share of the slots so far that held tokens instead of padding, over all ranks."""
+        stage = self.plan.settings
+        return round(self.totals.tokens / (self.iteration * stage.global_batch * stage.sequence_length), 4)
 
     def _claim(self, known: dict[str, Any] | None) -> None:
         """Make the folder this run's own; what another run left in it is moved aside. After the last refusal."""
@@ -325,6 +331,7 @@ class Trainer:
             "frozen_parameters": frozen,
             "samples": self.totals.samples,
             "tokens": self.totals.tokens,
+            "packing_efficiency": self._packing_efficiency(),
             "rejected": len(rejected),
             "data_restarts": self.data_restarts,
         }
