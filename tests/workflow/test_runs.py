@@ -61,10 +61,12 @@ def test_everything_is_made_once_and_a_change_remakes_only_what_follows(workspac
     assert jobs(other_rate.stdout) == SFT_AND_AFTER
     assert "3e-4" not in (workspace / "results/tiny/config.yaml").read_text(), "a dry run changed what commands read"
 
-    assert jobs(snakemake("all", "-n", "--config", "evaluation={batch_size: 8}").stdout) == {
-        "Keeping the configuration",
-        "Writing the report results/tiny/report.html",
-    }
+    watched = "stages={sft: {log_interval: 1, keep: 3, validation_interval: 25}}"
+    for change in ("evaluation={batch_size: 8}", watched):
+        assert jobs(snakemake("all", "-n", "--config", change).stdout) == {
+            "Keeping the configuration",
+            "Writing the report results/tiny/report.html",
+        }
     assert jobs(snakemake("all", "-n", "--config", "evaluation={dialogue: {questions: [Who]}}").stdout) == {
         "Generating dialogue with the model sft",
         "Making the gallery",
