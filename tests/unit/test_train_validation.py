@@ -14,6 +14,7 @@ from vlm import parallel
 from vlm.batch import PackedBatch, Sample, pack
 from vlm.train import optimizer as optimizers
 from vlm.train.feed import Feed
+from vlm.train.stop import Stop
 from vlm.train.validation import Progress, Validation
 
 
@@ -110,6 +111,14 @@ def test_feed_knows_the_data_set_of_every_trained_token():
     next(feed)
     assert feed.sets_R.tolist() == []
     assert (feed.trained, feed.tokens, feed.pairs) == ([1, 6], 24, 4 * 21)
+
+
+def test_a_time_budget_leaves_room_for_a_validation():
+    stop = Stop(budget_seconds=1e6)
+    stop.stepped(1.0)
+    assert not stop.code
+    stop.validated(1e6)
+    assert stop.code
 
 
 def test_progress_counts_validations_since_the_lowest():
