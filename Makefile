@@ -1,6 +1,7 @@
 # demo: the whole recipe in miniature    test: the tests    check: style, types, layers, generated files
-# bench: the kernels    clean: remove the environment, the caches and the miniature's results (no other run's)
-.PHONY: demo test check bench clean
+# chaos: kills a training at random    bench: the kernels
+# clean: remove the environment, the caches and the miniature's results (no other run's)
+.PHONY: demo test chaos check bench clean
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -25,6 +26,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	pytest -n 2 --dist worksteal tests
+
+# Ten kills in each stage, on one rank and on two. VLM_CHAOS_SEED=<seed> repeats an earlier run.
+chaos: $(INSTALLED)
+	OMP_NUM_THREADS=1 pytest -m chaos -s tests/chaos
 
 check: $(INSTALLED)
 	ruff check

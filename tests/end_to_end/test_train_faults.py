@@ -14,8 +14,8 @@ import pytest
 import train_process
 import train_workspace
 from data_fixtures import overwrite_pictures
-from test_train_resume import Runs, assert_same, log, runs  # noqa: F401
 from train_process import Event
+from train_runs import NAMED_AT_NEXT_STEP, assert_same, log
 
 STEP = "vlm.train.step:Step.__call__"
 
@@ -26,7 +26,7 @@ def said(out: Path) -> str:
     return text
 
 
-def copied_data(runs: Runs, folder: Path) -> Path:  # noqa: F811
+def copied_data(runs: Any, folder: Path) -> Path:
     return Path(shutil.copytree(runs.workspace.data, folder / "data"))
 
 
@@ -43,7 +43,7 @@ def rename_text_parts(shard: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize("part", ["picture", "text"])
-def test_broken_samples_are_counted_and_named(runs, tmp_path, part):  # noqa: F811
+def test_broken_samples_are_counted_and_named(runs, tmp_path, part):
     data = copied_data(runs, tmp_path)
     for name in ("captions", "dialogues"):
         if part == "picture":
@@ -59,7 +59,7 @@ def test_broken_samples_are_counted_and_named(runs, tmp_path, part):  # noqa: F8
     assert all(key.split("/")[0] in ("captions", "dialogues") and reason for key, reason in rejected.items())
 
 
-def test_too_many_broken_samples_end_the_run(runs, tmp_path):  # noqa: F811
+def test_too_many_broken_samples_end_the_run(runs, tmp_path):
     data = copied_data(runs, tmp_path)
     overwrite_pictures(data / "captions", 40)
     overwrite_pictures(data / "dialogues", 40)
@@ -68,7 +68,7 @@ def test_too_many_broken_samples_end_the_run(runs, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone"])
-def test_a_broken_shard_is_refused_before_the_first_step(runs, tmp_path, damage):  # noqa: F811
+def test_a_broken_shard_is_refused_before_the_first_step(runs, tmp_path, damage):
     data = copied_data(runs, tmp_path)
     shard = data / "captions/shard-000001.tar"
     if damage == "gone":
@@ -79,7 +79,7 @@ def test_a_broken_shard_is_refused_before_the_first_step(runs, tmp_path, damage)
     assert str(shard) in said(tmp_path / "run")
 
 
-def test_shards_that_shrink_while_it_trains_are_named(runs, tmp_path):  # noqa: F811
+def test_shards_that_shrink_while_it_trains_are_named(runs, tmp_path):
     data, out = copied_data(runs, tmp_path), tmp_path / "run"
     shards = tuple(data.glob("*/shard-*.tar"))
     config = train_workspace.changed(runs.config, tmp_path / "c.yaml", stages__pretrain__iterations=200)
@@ -89,7 +89,7 @@ def test_shards_that_shrink_while_it_trains_are_named(runs, tmp_path):  # noqa: 
     assert (out / "checkpoints/latest").read_text() == "iteration_0000003\n"
 
 
-def test_a_full_disk_costs_only_the_checkpoint_that_did_not_fit(runs, tmp_path):  # noqa: F811
+def test_a_full_disk_costs_only_the_checkpoint_that_did_not_fit(runs, tmp_path):
     out = tmp_path / "full"
     event = Event("vlm.checkpoint.pending:Pending.__init__", 2, train_process.limit_files, (9999,))
     assert runs.train("sft", out, event) == 1
@@ -105,7 +105,7 @@ def test_a_full_disk_costs_only_the_checkpoint_that_did_not_fit(runs, tmp_path):
 @pytest.mark.parametrize(
     "target", ["vlm.files:beside", "vlm.checkpoint.model:complete"], ids=["before-the-first-file", "with-the-last-file"]
 )
-def test_a_disk_that_is_full_earlier_or_later(runs, tmp_path, target):  # noqa: F811
+def test_a_disk_that_is_full_earlier_or_later(runs, tmp_path, target):
     out = tmp_path / "full"
     assert runs.train("sft", out, Event(target, 2, train_process.fail, (errno.ENOSPC, "somewhere"))) == 1
     assert "iteration_0000006: could not be saved: [Errno 28] No space left on device: 'somewhere'" in said(out)
@@ -114,14 +114,14 @@ def test_a_disk_that_is_full_earlier_or_later(runs, tmp_path, target):  # noqa: 
     assert_same(out, runs.undisturbed("sft"))
 
 
-def test_a_read_only_folder_is_one_line(runs, tmp_path):  # noqa: F811
+def test_a_read_only_folder_is_one_line(runs, tmp_path):
     out = tmp_path / "run"
     event = Event("vlm.checkpoint.lock:_Claims.__init__", 1, train_process.fail, (errno.EROFS, str(out)))
     assert runs.train("pretrain", out, event) == 1
     assert f"vlm: pretrain: [Errno 30] Read-only file system: '{out}'" in said(out)
 
 
-def test_a_weight_that_is_not_a_number_ends_it_before_it_is_saved(runs, tmp_path):  # noqa: F811
+def test_a_weight_that_is_not_a_number_ends_it_before_it_is_saved(runs, tmp_path):
     out = tmp_path / "broken"
     assert runs.train("pretrain", out, Event(STEP, 5, train_process.plant_not_a_number)) == 1
     message = said(out)
@@ -131,17 +131,17 @@ def test_a_weight_that_is_not_a_number_ends_it_before_it_is_saved(runs, tmp_path
     assert_same(out, runs.undisturbed("pretrain"))
 
 
-FAST = {"vlm.train.watch:BEAT_SECONDS": 0.3, "vlm.train.watch:SILENT_SECONDS": 4.0}
+FAST = {"vlm.train.watch:BEAT_SECONDS": 0.3, "vlm.train.watch:SILENT_SECONDS": 4.0} | NAMED_AT_NEXT_STEP
 
 
 @pytest.fixture(scope="module")
-def two_ranks(runs, tmp_path_factory) -> Path:  # noqa: F811
+def two_ranks(runs, tmp_path_factory) -> Path:
     return train_workspace.changed(runs.config, tmp_path_factory.mktemp("ranks") / "c.yaml", parallel__ranks_per_node=2)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("what", [train_process.kill, train_process.stop_still], ids=["dies", "hangs"])
-def test_the_others_end_and_name_the_rank_that(runs, two_ranks, tmp_path, what, rank):  # noqa: F811
+def test_the_others_end_and_name_the_rank_that(runs, two_ranks, tmp_path, what, rank):
     out = tmp_path / "run"
     ranks: list[Any] = runs.start_ranks("pretrain", out, {rank: [Event(STEP, 5, what)]}, config=two_ranks, values=FAST)
     assert train_process.finish(ranks[1 - rank], seconds=60) == 1
@@ -151,7 +151,7 @@ def test_the_others_end_and_name_the_rank_that(runs, two_ranks, tmp_path, what, 
     assert (out / "checkpoints/latest").read_text() == "iteration_0000003\n"
 
 
-def test_a_full_disk_under_one_rank_ends_all_with_one_message(runs, two_ranks, tmp_path):  # noqa: F811
+def test_a_full_disk_under_one_rank_ends_all_with_one_message(runs, two_ranks, tmp_path):
     out = tmp_path / "full"
     event = Event("vlm.checkpoint.pending:write", 3, train_process.fail, (errno.ENOSPC, "somewhere"))
     ranks = runs.start_ranks("pretrain", out, {1: [event]}, config=two_ranks)
@@ -160,9 +160,9 @@ def test_a_full_disk_under_one_rank_ends_all_with_one_message(runs, two_ranks, t
     assert not list((out / "checkpoints").glob(".*"))
 
 
-def test_a_second_training_in_the_folder_is_refused(runs, tmp_path):  # noqa: F811
+def test_a_second_training_in_the_folder_is_refused(runs, tmp_path):
     out = tmp_path / "run"
-    first = runs.start("pretrain", out, Event(STEP, 4, time.sleep, (60.0,)))
+    first = runs.start("pretrain", out, Event(STEP, 5, time.sleep, (60.0,)), values=NAMED_AT_NEXT_STEP)
     while not (out / "checkpoints/latest").exists():
         assert first.is_alive()
         time.sleep(0.05)

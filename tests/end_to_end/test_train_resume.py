@@ -3,111 +3,19 @@
 from __future__ import annotations
 
 import json
-import pickle
-import random
 import re
 import shutil
 import time
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import train_process
 import train_workspace
-from torch.distributed import checkpoint as dcp
-from train_workspace import ITERATIONS, Workspace
+from train_runs import NAMED_AT_NEXT_STEP, assert_same, content, log
+from train_workspace import ITERATIONS
 
-from vlm.train.metrics import TIMES, read_lines
+from vlm.train.metrics import read_lines
 
 STAGES = ("pretrain", "sft")
-
-
-class Runs:
-    """Starts stages of a workspace; the undisturbed ones are trained once."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace = workspace
-        self.folder = workspace.folder
-        self.config = workspace.config(self.folder / "config.yaml")
-
-    def undisturbed(self, stage: str) -> Path:
-        out = self.folder / "undisturbed" / stage
-        if not out.exists():
-            assert train_process.finish(self.start(stage, out)) == 0, log(out)
-        return out
-
-    def start(self, stage: str, out: Path, *events: Any, **changes: Any) -> Any:
-        return train_process.start(out.with_suffix(".log"), *events, **self._arguments(stage, out, changes))
-
-    def start_ranks(self, stage: str, out: Path, events: Any = None, **changes: Any) -> list[Any]:
-        """Two data-parallel ranks; `changes` hold the configuration that promises them."""
-        return train_process.start_ranks(
-            out.with_suffix(".log"), 2, events or {}, **self._arguments(stage, out, changes)
-        )
-
-    def _arguments(self, stage: str, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
-        parent = self.workspace.combined if stage == "pretrain" else self.undisturbed("pretrain")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shared = {"config": self.config, "start_from": parent, "data": self.workspace.data}
-        return {**shared, "stage": stage, "out": out, **changes}
-
-    def train(self, stage: str, out: Path, *events: Any, **changes: Any) -> int:
-        return train_process.finish(self.start(stage, out, *events, **changes))
-
-
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory) -> Runs:
-    return Runs(train_workspace.make(tmp_path_factory.mktemp("train")))
-
-
-def log(out: Path) -> str:
-    return out.with_suffix(".log").read_text()
-
-
-def content(checkpoint: Path) -> dict[str, Any]:
-    """Every tensor and value of a checkpoint by name."""
-    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in metadata.items()}
-    dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
-    own = torch.load(checkpoint / "rank_00000.pt", weights_only=True)
-    for name in [key for key in own["extra"]["totals"] if key.endswith("seconds")]:
-        del own["extra"]["totals"][name]
-    del own["extra"]["peak_memory_bytes"]
-    place = torch.load(checkpoint / "data_00000.pt", weights_only=True)["loader"]
-    own["loader"] = pickle.loads(place.numpy().tobytes())  # equal states may share objects differently
-    return {**tensors, "own": own, "common": torch.load(checkpoint / "common.pt", weights_only=False)}
-
-
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    if hasattr(a, "__dict__"):
-        return type(a) is type(b) and equal(vars(a), vars(b))
-    return bool(a == b)
-
-
-def assert_same(out: Path, reference: Path, iterations: int = ITERATIONS) -> None:
-    last = f"checkpoints/iteration_{iterations:07d}"
-    ours, theirs = content(out / last), content(reference / last)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not equal(ours[name], theirs[name])] == []
-    lines, expected = (
-        [
-            {name: value for name, value in line.items() if name not in TIMES}
-            for line in read_lines(path / "metrics.jsonl")
-        ]
-        for path in (out, reference)
-    )
-    assert lines == expected
-    reports = [json.loads((path / "finished.json").read_text()) for path in (out, reference)]
-    for report in reports:
-        del report["seconds"], report["peak_memory_bytes"]
-    assert reports[0] == reports[1]
 
 
 def test_training_moves_what_it_should_and_reports_it(runs):
@@ -116,6 +24,8 @@ def test_training_moves_what_it_should_and_reports_it(runs):
     assert report["iterations"] == ITERATIONS and report["checkpoint"] == f"checkpoints/iteration_{ITERATIONS:07d}"
     assert [line["iteration"] for line in read_lines(out / "metrics.jsonl")] == [2, 4, 6, 8, 10]
     assert report["last_loss"] < report["first_loss"] - 0.5
+    filled = report["tokens"] / (ITERATIONS * 2 * 256)  # of the workspace's global_batch x sequence_length
+    assert report["packing_efficiency"] == pytest.approx(filled, abs=1e-4) and 0.5 < filled < 1
     names = content(out / report["checkpoint"]).keys()
     assert any("language_model" in name for name in names) and not any("vision_model" in name for name in names)
     pretrained = content(runs.undisturbed("pretrain") / report["checkpoint"]).keys()
@@ -153,29 +63,6 @@ def test_killed_at(runs, tmp_path, function, call):
     assert_same(out, runs.undisturbed("sft"))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_at_random(runs, tmp_path, stage):
-    """Six kills over as many runs as they take, anywhere between a process's first and last moment."""
-    reference = runs.undisturbed(stage)
-    started = time.perf_counter()
-    assert runs.train(stage, tmp_path / "timed") == 0
-    seconds = time.perf_counter() - started
-    draw, kills, rounds = random.Random(stage), 0, 0
-    while kills < 6 and rounds < 20:
-        out, rounds = tmp_path / f"killed-{rounds}", rounds + 1
-        while not (out / "finished.json").exists():
-            process = runs.start(stage, out)
-            if kills < 6:
-                process.join(draw.uniform(0.2 * seconds, seconds))
-                process.kill()
-            code = train_process.finish(process)
-            kills += code == -9
-            assert code in (0, -9), log(out)
-        assert_same(out, reference)
-    print(f"{stage}: {kills} kills in {rounds} runs")
-    assert kills == 6
-
-
 def test_killed_in_bfloat16(runs, tmp_path):
     """The fp32 masters come back, not the rounded weights."""
     config = train_workspace.changed(runs.config, tmp_path / "c.yaml", dtype="bfloat16")
@@ -198,6 +85,17 @@ def test_killed_with_a_loader_process(runs, tmp_path):
     assert runs.train("pretrain", killed, ("vlm.train.step:Step.__call__", 9), config=config) == -9
     assert runs.train("pretrain", killed, config=config) == 0
     assert_same(killed, alone)
+
+
+def test_remains_of_a_killed_save_are_cleared(runs, tmp_path):
+    """Though it would now be another iteration that is saved."""
+    out = tmp_path / "killed"
+    assert runs.train("sft", out, ("vlm.checkpoint.pending:Pending.finish", 2)) == -9
+    assert list((out / "checkpoints").glob(".iteration_0000006*"))
+    config = train_workspace.changed(runs.config, tmp_path / "c.yaml", stages__sft__save_interval=5)
+    assert runs.train("sft", out, config=config) == 0, log(out)
+    assert not list((out / "checkpoints").glob(".*"))
+    assert_same(out, runs.undisturbed("sft"))
 
 
 def test_torn_metrics_line_is_written_again(runs, tmp_path):
@@ -229,7 +127,7 @@ def test_lost_report_is_written_without_training(runs):
 
 def test_other_settings_move_the_old_run_aside(runs, tmp_path):
     out = tmp_path / "run"
-    assert runs.train("pretrain", out, ("vlm.train.step:Step.__call__", 6)) == -9
+    assert runs.train("pretrain", out, ("vlm.train.step:Step.__call__", 6), values=NAMED_AT_NEXT_STEP) == -9
     kept = (out / "metrics.jsonl").read_text()
     changed = train_workspace.changed(runs.config, tmp_path / "c.yaml", stages__pretrain__optimizer__lr=5.0e-3)
     elsewhere = train_workspace.changed(changed, tmp_path / "d.yaml", parallel__ranks_per_node=2)
@@ -266,7 +164,7 @@ def test_not_a_number_stops_the_run_and_touches_nothing(runs, tmp_path):
 
 def test_changed_loader_processes_are_refused_on_resume(runs, tmp_path):
     out = tmp_path / "run"
-    assert runs.train("pretrain", out, ("vlm.train.step:Step.__call__", 6)) == -9
+    assert runs.train("pretrain", out, ("vlm.train.step:Step.__call__", 6), values=NAMED_AT_NEXT_STEP) == -9
     changed = train_workspace.changed(runs.config, tmp_path / "c.yaml", data__workers=1)
     assert runs.train("pretrain", out, config=changed) == 2
     assert re.search(r"data\.workers: is 1, but .*iteration_0000003 was written with 0", log(out))

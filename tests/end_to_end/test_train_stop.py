@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import train_process
 import train_workspace
-from test_train_resume import Runs, assert_same, log, runs  # noqa: F401
 from train_process import Event
+from train_runs import assert_same, log
 from train_workspace import ITERATIONS
 
 STEP = "vlm.train.step:Step.__call__"
@@ -25,7 +25,7 @@ def saved(out: Path) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
-def test_asked_in_a_step_it_saves_that_step(runs, tmp_path, number):  # noqa: F811
+def test_asked_in_a_step_it_saves_that_step(runs, tmp_path, number):
     out = tmp_path / "asked"
     assert runs.train("sft", out, Event(STEP, 5, train_process.ask, (number,))) == STOPPED
     lines = [line[line.index("vlm: ") :] for line in log(out).splitlines() if "vlm: " in line]
@@ -45,7 +45,7 @@ def test_asked_in_a_step_it_saves_that_step(runs, tmp_path, number):  # noqa: F8
         pytest.param(STEP, ITERATIONS, ITERATIONS, id="in-the-last-step"),
     ],
 )
-def test_asked_elsewhere_it_saves_nothing_twice(runs, tmp_path, target, call, iteration):  # noqa: F811
+def test_asked_elsewhere_it_saves_nothing_twice(runs, tmp_path, target, call, iteration):
     out = tmp_path / "asked"
     code = runs.train("sft", out, Event(target, call, train_process.ask, (signal.SIGTERM,)))
     assert code == (0 if iteration == ITERATIONS else STOPPED), log(out)
@@ -55,7 +55,7 @@ def test_asked_elsewhere_it_saves_nothing_twice(runs, tmp_path, target, call, it
     assert_same(out, runs.undisturbed("sft"))
 
 
-def test_one_request_that_arrives_twice_is_one(runs, tmp_path):  # noqa: F811
+def test_one_request_that_arrives_twice_is_one(runs, tmp_path):
     """A launcher passes on what SLURM has already told every process."""
     out = tmp_path / "twice"
     assert runs.train("sft", out, Event(STEP, 5, train_process.ask, (signal.SIGTERM, 3, 0.1))) == STOPPED
@@ -63,7 +63,7 @@ def test_one_request_that_arrives_twice_is_one(runs, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("target", [STEP, "vlm.checkpoint.model:write_state"], ids=["in-a-step", "in-a-save"])
-def test_asked_again_it_leaves_at_once(runs, tmp_path, target):  # noqa: F811
+def test_asked_again_it_leaves_at_once(runs, tmp_path, target):
     """Though the main thread cannot notice: it is as deaf as one that waits for a rank that will not come."""
     out = tmp_path / "again"
     event = Event(target, 2, train_process.ask_while_busy, (signal.SIGINT,))
@@ -74,7 +74,7 @@ def test_asked_again_it_leaves_at_once(runs, tmp_path, target):  # noqa: F811
     assert_same(out, runs.undisturbed("sft"))
 
 
-def test_a_time_budget_ends_it_while_there_is_time_to_save(runs, tmp_path):  # noqa: F811
+def test_a_time_budget_ends_it_while_there_is_time_to_save(runs, tmp_path):
     out = tmp_path / "budget"
     slow = [Event(STEP, call, time.sleep, (1.5,)) for call in range(1, ITERATIONS + 1)]
     started = time.monotonic()
@@ -86,13 +86,13 @@ def test_a_time_budget_ends_it_while_there_is_time_to_save(runs, tmp_path):  # n
     assert_same(out, runs.undisturbed("sft"))
 
 
-def test_a_budget_that_is_no_time_is_refused(runs, tmp_path):  # noqa: F811
+def test_a_budget_that_is_no_time_is_refused(runs, tmp_path):
     assert runs.train("sft", tmp_path / "none", stop_after="soon") == 2
     assert "--stop-after: 'soon' is no time" in log(tmp_path / "none")
 
 
 @pytest.fixture(scope="module")
-def two_ranks(runs, tmp_path_factory) -> tuple[Path, Path]:  # noqa: F811
+def two_ranks(runs, tmp_path_factory) -> tuple[Path, Path]:
     """Settings for two data-parallel ranks, and what an undisturbed training leaves."""
     folder = tmp_path_factory.mktemp("ranks")
     config = train_workspace.changed(runs.config, folder / "config.yaml", parallel__ranks_per_node=2)
@@ -101,7 +101,7 @@ def two_ranks(runs, tmp_path_factory) -> tuple[Path, Path]:  # noqa: F811
     return config, folder / "undisturbed"
 
 
-def test_what_one_rank_is_asked_all_do_at_the_same_iteration(runs, two_ranks, tmp_path):  # noqa: F811
+def test_what_one_rank_is_asked_all_do_at_the_same_iteration(runs, two_ranks, tmp_path):
     config, undisturbed = two_ranks
     out = tmp_path / "asked"
     asked = {1: [Event(STEP, 5, train_process.ask, (signal.SIGTERM,))]}
@@ -113,7 +113,7 @@ def test_what_one_rank_is_asked_all_do_at_the_same_iteration(runs, two_ranks, tm
     assert_same(out, undisturbed)
 
 
-def test_the_launcher_passes_the_request_on_and_the_code_back(runs, two_ranks, tmp_path):  # noqa: F811
+def test_the_launcher_passes_the_request_on_and_the_code_back(runs, two_ranks, tmp_path):
     config, undisturbed = two_ranks
     out = tmp_path / "launched"
     options = {"config": config, "stage": "pretrain", "out": out, "start-from": runs.workspace.combined}

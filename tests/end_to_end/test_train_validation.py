@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import train_process
 import train_workspace
-from test_train_resume import assert_same, content, equal, log
+from train_runs import assert_same, content, equal, log
 from train_workspace import ITERATIONS
 
 from vlm import checkpoint

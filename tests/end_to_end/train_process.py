@@ -39,11 +39,8 @@ class Event:
     what: Callable[..., None] = kill
     """A function of a module that the process can import; it gets `arguments`."""
     arguments: tuple[Any, ...] = ()
-
-
-def kill_within(seconds: float) -> None:
-    """Kill this process in the middle of whatever it does then."""
-    threading.Timer(seconds, kill).start()
+    within_seconds: float | None = None
+    """For a kill: not before the call but so long after it began, or when it has ended if that is earlier."""
 
 
 def ask(number: int, times: int = 1, gap_seconds: float = 0.0) -> None:
@@ -172,8 +169,13 @@ def _arrange(event: Event) -> None:
     def counted(*positional: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == event.call:
+        if calls != event.call:
+            return original(*positional, **named)
+        if event.within_seconds is None:
             event.what(*event.arguments)
-        return original(*positional, **named)
+            return original(*positional, **named)
+        threading.Timer(event.within_seconds, kill).start()
+        original(*positional, **named)
+        kill()
 
     setattr(owner, name, counted)

@@ -99,6 +99,12 @@ def point_to(checkpoint: Path) -> None:
     files.write_text(checkpoint.parent / LATEST, checkpoint.name + "\n")
 
 
+def clear_unfinished(stage: Path) -> None:
+    """Remove what an interruption left of checkpoints that were being written. Called by the owner of the folder."""
+    for folder in (stage / CHECKPOINTS).glob(".iteration_*"):
+        shutil.rmtree(folder)
+
+
 def name_best(stage: Path, iteration: int | None) -> None:
     """Let `best` name the checkpoint of an iteration, or go. Changes nothing where it is so already."""
     pointer = stage / CHECKPOINTS / BEST

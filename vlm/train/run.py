@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from vlm import config as configuration
-from vlm.checkpoint import lock
+from vlm.checkpoint import lock, places
 from vlm.train import launch
 from vlm.train.plan import Plan, prepare
 from vlm.train.stop import EXIT_STOPPED, Stop, parse_duration
@@ -72,6 +72,7 @@ def run(
             stop = stack.enter_context(Stop(budget_seconds, quiet=rank > 0))
             if rank == 0:
                 stack.enter_context(lock.hold(claims, wait=wait, cancelled=lambda: bool(stop.code)))
+                places.clear_unfinished(out)
             return 0 if wait and _is_finished(plan) else _train(plan, stop)
     except lock.Taken as taken:
         print(f"vlm: {taken}", file=sys.stderr)
