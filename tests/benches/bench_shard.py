@@ -3,8 +3,8 @@
     python tests/benches/bench_shard.py [--samples 50000 100000 200000] [--workers 2]
 
 A few hundred small JPEG files stand for all pictures of an archive like LLaVA-Pretrain's. Each size is written by a
-command of its own; its memory, with that of the processes that it starts, is looked at ten times a second. Then comes the
-Energon index. Rates count CPU seconds, so that other work on the machine matters little. Nothing is asserted.
+command of its own; its memory, with that of the processes that it starts, is looked at ten times a second. Then comes
+the Energon index. Rates count CPU seconds, so that other work on the machine matters little. Nothing is asserted.
 """
 
 from __future__ import annotations

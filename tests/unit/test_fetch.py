@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 from hub_server import World, commit_of, serve
 
+from vlm.config import Source
 from vlm.fetch import hub
 from vlm.fetch.folder import fetch
 
@@ -329,6 +330,26 @@ def test_all_failures_are_told_at_once_and_what_came_is_kept(tmp_path: Path, wor
     assert fetched.returncode == 0, fetched.stderr
     assert names(tmp_path / "out") == {"mix.json"}
     assert not [one for one in world.requests if one.startswith("GET") and "/resolve/" in one]
+
+
+def test_a_full_disk_is_told_before_anything_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zipped(tmp_path / "source/val2014.zip", {"1.jpg": b"x" * 1001})
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"val2014: unpacking val2014.zip needs 1,001 bytes, its disk has 1,000 free"):
+        fetch(str(tmp_path / "source"), tmp_path / "out", kind="dataset", unpack=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "folder"),
+    [
+        pytest.param("owner/LLaVA-v1.5", "LLaVA-v1.5", id="repository"),
+        pytest.param("./data/coco", "coco", id="folder"),
+        pytest.param("http://host/val2014.zip", "captions", id="url"),
+        pytest.param(("owner/a", "owner/b"), "captions", id="several"),
+    ],
+)
+def test_a_folder_is_called_as_its_source_or_as_the_data_set(source: str | tuple[str, ...], folder: str) -> None:
+    assert Source(source=source).folder("captions") == folder
 
 
 def test_a_full_disk_is_told_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,6 +241,9 @@ def _unpack(archive: Path) -> None:
         return
     members = pictures.check_members(archive)
     inside = all(member.filename.split("/")[0] == archive.stem for member in members)
+    needed, free = sum(member.file_size for member in members), shutil.disk_usage(archive.parent).free
+    if free < needed:
+        raise ValueError(f"{place}: unpacking {archive.name} needs {needed:,} bytes, its disk has {free:,} free")
     try:
         with zipfile.ZipFile(archive) as content:
             for member in tqdm(members, desc=f"unpacking {archive.name}", unit="file", mininterval=1):
