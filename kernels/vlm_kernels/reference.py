@@ -449,3 +449,73 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         out = softmax * gradient
         out.scatter_add_(1, column, -(gradient * mine.unsqueeze(1)))
         return out.to(ctx.dtype), None, None, None
+
+
+def rotate_heads(qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of Megatron's fused projection, queries and keys turned by their positions' angles.
+
+    Args:
+        qkv: [.., G, H / G + 2, K]: per group its query heads, its key and its value.
+        table: [2, .., K / 2] of the same type, cosines and sines of each token's angles; not differentiated. Channels i
+            and i + K / 2 turn by angle i.
+
+    Returns:
+        [.., G, H / G, K], [.., G, K] and [.., G, K].
+
+    Raises:
+        ValueError: naming the argument and its shape.
+    """
+    check_rotate_heads(qkv, table)
+    turned = _Rotate.apply(qkv[..., :-1, :], table[..., None, None, :])
+    return turned[..., :-1, :], turned[..., -1, :], qkv[..., -1, :]
+
+
+class _Rotate(torch.autograd.Function):
+    """Turn channel pairs by the angles of a table; the gradient turns back, so nothing else is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(table)
+        return _turn(x, table[0], table[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (table,) = ctx.saved_tensors
+        return _turn(gradient, table[0], -table[1]), None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    low, high = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=high).addcmul_(first, sin)
+    return out
+
+
+def check_rotate_heads(qkv: Tensor, table: Tensor) -> None:
+    """Refuse what `rotate_heads` cannot turn, naming the argument and what was received."""
+    if qkv.dim() < 4 or qkv.shape[-2] < 3 or qkv.shape[-1] % 2:
+        raise ValueError(f"qkv: expected [.., G, H / G + 2, K] with K even, received {tuple(qkv.shape)}")
+    wanted = (2, *qkv.shape[:-3], qkv.shape[-1] // 2)
+    if table.shape != wanted:
+        raise ValueError(f"table: expected {wanted} for qkv {tuple(qkv.shape)}, received {tuple(table.shape)}")
+    if table.dtype != qkv.dtype or table.device != qkv.device:
+        raise ValueError(f"table: {table.dtype} on {table.device} differs from qkv, {qkv.dtype} on {qkv.device}")
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up of x [.., 2F], gate and up side by side; [.., F].
+
+    Raises:
+        ValueError: an odd last dimension.
+    """
+    check_swiglu(x)
+    gate, up = x.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def check_swiglu(x: Tensor) -> None:
+    """Refuse what has no two halves."""
+    if not x.dim() or x.shape[-1] % 2:
+        raise ValueError(f"x: expected [.., 2F], received {tuple(x.shape)}")

@@ -105,6 +105,8 @@ class SelfAttention(core.SelfAttention):
     once per batch (`rotary_table`), and keys are cached as rotated.
     """
 
+    rotate_heads: Callable[..., tuple[Tensor, Tensor, Tensor]] = staticmethod(reference.rotate_heads)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -135,10 +137,9 @@ class SelfAttention(core.SelfAttention):
         groups = self.num_query_groups_per_partition
         per_group = self.num_attention_heads_per_partition // groups
         mixed = mixed.view(*mixed.shape[:2], groups, per_group + 2, self.hidden_size_per_attention_head)
-        rotated, value = mixed[..., : per_group + 1, :], mixed[..., per_group + 1, :]
-        if rotary_pos_emb is not None:
-            rotated = _Rotate.apply(rotated, rotary_pos_emb)
-        return rotated[..., :per_group, :], rotated[..., per_group, :], value
+        if rotary_pos_emb is None:
+            return mixed[..., :per_group, :], mixed[..., per_group, :], mixed[..., per_group + 1, :]
+        return type(self).rotate_heads(mixed, rotary_pos_emb)
 
     def _cached(self, context: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append to the cache [max S, max B, G, K] of this layer; return all keys and values so far."""
@@ -171,14 +172,14 @@ class Layer(TransformerLayer):
 def rotary_table(
     positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
 ) -> Tensor:
-    """Cosines and sines [2, S, B, 1, 1, K/2] of int64 positions [B, S], computed in fp32.
+    """Cosines and sines [2, S, B, K/2] of int64 positions [B, S], computed in fp32.
 
     Angle i of position p is p times frequency i, pairing channels i and i + K/2 as `transformers` and megatron-core's
     non-interleaved form do.
     """
     frequencies = rotary_frequencies(head_dim, theta, scaling, positions.device)
     angles = positions.t().unsqueeze(-1).float() * frequencies
-    return torch.stack([angles.cos(), angles.sin()])[:, :, :, None, None].to(dtype)
+    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
 
 def rotary_frequencies(
@@ -200,35 +201,13 @@ def rotary_frequencies(
     return frequencies * (stays + (1 - stays) / scaling.factor)
 
 
-class _Rotate(torch.autograd.Function):
-    """Turn channel pairs by the angles of a `rotary_table`; the gradient turns back, so nothing else is saved."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
-        ctx.save_for_backward(table)
-        return _turn(x, table[0], table[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (table,) = ctx.saved_tensors
-        return _turn(gradient, table[0], -table[1]), None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    low, high = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=high).addcmul_(first, sin)
-    return out
-
-
 class SwiGLU(MegatronModule):
     """silu(gate) * up of fc1's output [.., 2F]; megatron-core's own form adds a copy (mlp.py:208)."""
 
+    swiglu: Callable[[Tensor], Tensor] = staticmethod(reference.swiglu)
+
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, dim=-1)
-        return functional.silu(gate) * up
+        return type(self).swiglu(x)
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -29,20 +29,22 @@ class TorchSpecs:
     column_linear: type = cpu.linear(ColumnParallelLinear)
     row_linear: type = cpu.linear(RowParallelLinear)
     norm: Callable[..., torch.nn.Module] = Norm
+    self_attention: type = SelfAttention
     core_attention: type = CoreAttention
+    swiglu: type = SwiGLU
     linear_cross_entropy: Callable[..., Tensor] = staticmethod(reference.linear_cross_entropy)
     project_image_tokens: Callable[..., Tensor] = staticmethod(reference.project_image_tokens)
 
     def mlp(self, gated: bool = False) -> MLPSubmodules:
         """Two linear layers; `gated` puts SwiGLU between them, else the configuration's activation."""
         return MLPSubmodules(
-            linear_fc1=self.column_linear, linear_fc2=self.row_linear, activation_func=SwiGLU if gated else None
+            linear_fc1=self.column_linear, linear_fc2=self.row_linear, activation_func=self.swiglu if gated else None
         )
 
     def block(self, num_layers: int, *, causal: bool, gated: bool) -> TransformerBlockSubmodules:
         """Specs of this pipeline stage's `num_layers` layers and of the norm after the last."""
         attention = ModuleSpec(
-            module=SelfAttention,
+            module=self.self_attention,
             params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=self.column_linear, core_attention=self.core_attention, linear_proj=self.row_linear
@@ -66,9 +68,19 @@ class TritonAttention(CoreAttention):
     attention = staticmethod(vlm_kernels.attention)
 
 
+class TritonSelfAttention(SelfAttention):
+    rotate_heads = staticmethod(vlm_kernels.rotate_heads)
+
+
+class TritonSwiGLU(SwiGLU):
+    swiglu = staticmethod(vlm_kernels.swiglu)
+
+
 class TritonSpecs(TorchSpecs):
     """Our kernels. On the CPU they are their plain twins, so this backend then equals `torch`."""
 
+    self_attention = TritonSelfAttention
+    swiglu = TritonSwiGLU
     core_attention = TritonAttention
     linear_cross_entropy = staticmethod(vlm_kernels.linear_cross_entropy)
     project_image_tokens = staticmethod(vlm_kernels.project_image_tokens)
