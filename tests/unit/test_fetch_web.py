@@ -103,6 +103,14 @@ def test_it_is_given_up_when_nothing_comes_any_more(world: World, url: str, paus
     assert sum(world.sent.values()) == 80_000
 
 
+def test_the_same_bytes_again_are_no_progress(world: World, url: str, pauses: list[float]) -> None:
+    world.ignores_ranges = True
+    world.break_at["data.bin"] = [15_000, 5_000] * 20
+    with pytest.raises(FileNotFoundError, match="cannot be fetched"):
+        web.download(url)
+    assert len(pauses) == retry.TRIES - 1
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [

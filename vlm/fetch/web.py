@@ -96,9 +96,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _fetch(url: str, path: Path) -> dict[str, Any]:
     part = path.with_name(f"{path.name}.part")
-    failed = 0
+    failed, longest = 0, _size(part)
     while True:
-        before = part.stat().st_size if part.is_file() else 0
         retry_after = None
         try:
             entity = _transfer(url, part)
@@ -111,8 +110,8 @@ def _fetch(url: str, path: Path) -> dict[str, Any]:
             if isinstance(error, OSError) and error.filename is not None:  # the disk's, not the network's
                 raise ValueError(f"{error.filename}: cannot be written: {error.strerror}") from None
             reason = str(getattr(error, "reason", None) or error) or type(error).__name__
-        grown = part.is_file() and part.stat().st_size > before
-        failed = 1 if grown else failed + 1
+        failed = 1 if _size(part) > longest else failed + 1
+        longest = max(longest, _size(part))
         if failed >= retry.TRIES:
             raise FileNotFoundError(f"{url}: cannot be fetched ({reason}); run the command again to go on")
         retry.pause(url, reason, failed, retry_after)
@@ -129,9 +128,13 @@ def _fetch(url: str, path: Path) -> dict[str, Any]:
     return {"url": url, "size": path.stat().st_size, "sha256": sha256, **entity}
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
 def _transfer(url: str, part: Path) -> dict[str, str]:
     """One attempt to complete `part`; the server's names for this version of the file."""
-    have = part.stat().st_size if part.is_file() else 0
+    have = _size(part)
     entity = _read_entity(part)
     request = urllib.request.Request(url, headers={"User-Agent": "vlm", "Accept-Encoding": "identity"})
     if have and entity:
@@ -168,8 +171,8 @@ def _transfer(url: str, part: Path) -> dict[str, str]:
             while chunk := response.read(_CHUNK):
                 stream.write(chunk)
                 progress.update(len(chunk))
-    if total is not None and part.stat().st_size != total:
-        raise ConnectionError(f"the transfer broke off at byte {part.stat().st_size:,} of {total:,}")
+    if total is not None and _size(part) != total:
+        raise ConnectionError(f"the transfer broke off at byte {_size(part):,} of {total:,}")
     return entity
 
 
