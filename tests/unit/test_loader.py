@@ -151,6 +151,23 @@ def test_a_restored_loader_goes_on_exactly(open_loader: Open, workers: int, take
     assert loader.rejected  # too long for this sequence length: their count is part of what goes on
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_permutation_goes_on_exactly_past_broken_pictures(
+    open_loader: Open, damaged: tuple[Path, list[str]], workers: int
+) -> None:
+    """In the middle of an epoch and of a packing buffer, with settings as in config.yaml."""
+    options = {"data__shuffle_run": 1, "data__shuffle_buffer": 1, "data__packing_buffer": 24, "data__workers": workers}
+    loader = open_loader(data=damaged[0], **options)
+    _take(loader, 9)
+    state = loader.state()
+    expected = _take(loader, 40)
+    restored = open_loader(data=damaged[0], **options)
+    restored.restore(state)
+    assert all(map(_equal, expected, _take(restored, 40)))
+    assert restored.rejected == loader.rejected and loader.rejected.keys() <= set(damaged[1])
+    assert loader.rejected
+
+
 def test_ranks_share_the_samples_without_overlap(open_loader: Open, folder: Path) -> None:
     seen = []
     for rank in range(2):
