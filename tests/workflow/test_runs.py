@@ -50,7 +50,7 @@ def test_everything_is_made_once_and_a_change_remakes_only_what_follows(workspac
     for part in ("language", "vision"):
         assert f"convert {part} results/tiny/sources/{part} results/tiny/convert/{part}\n" in calls
     for name, source in {"pretrain": "LLaVA-Pretrain", "sft": "LLaVA-Instruct-150K"}.items():
-        folders = f"--source results/tiny/sources/{source} --out results/tiny/data/{name}\n"
+        folders = f"--source results/tiny/sources/{source} --out results/tiny/data/{name} --workers 2\n"
         assert f"data shard --config results/tiny/config.yaml --set {name} {folders}" in calls
 
     assert calls.count("--task dialogue") == 1, "the gallery shows what the last stage says"
@@ -125,3 +125,17 @@ def test_make_demo_goes_on_after_snakemake_was_killed(workspace: Path) -> None:
     assert trainings() == 2
     calls = (workspace / "calls.txt").read_text().splitlines()
     assert len([call for call in calls if call.startswith("tiny data")]) == 1, "finished work was done again"
+
+
+def test_a_stopped_training_is_a_failed_job_that_says_how_to_go_on(workspace: Path, snakemake: Snakemake) -> None:
+    (workspace / "stop").touch()
+    stopped = snakemake("pretrain")
+    assert stopped.returncode != 0
+    assert "stopped by SIGTERM; the same command goes on" in stopped.stdout, stopped.stdout
+    folder = workspace / "results/tiny/train/pretrain"
+    assert (folder / "started").exists() and not (folder / "finished.json").exists()
+    (workspace / "stop").unlink()
+    resumed = snakemake("pretrain")
+    assert resumed.returncode == 0, resumed.stdout
+    assert (folder / "finished.json").exists()
+    assert (workspace / "calls.txt").read_text().count("tiny data") == 1, "finished work was done again"
