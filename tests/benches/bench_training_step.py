@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.metadata
 import json
 import time
 import warnings
@@ -158,7 +159,8 @@ def measure(stage: str, backend: str, num_layers: int, steps: int, profile: bool
         "mfu": operations / seconds / (flops.peak(torch.cuda.get_device_name(), "bfloat16") or float("nan")),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "loss": outcome.loss_sum / outcome.trained_tokens,
-        "versions": {"torch": torch.__version__},
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton", "megatron-core")},
+        "date": time.strftime("%Y-%m-%d"),
     }
     if profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
