@@ -24,6 +24,7 @@ LAYOUTS = {
     "tensor+sequence+pipeline": {"ranks_per_node": 4, "tensor": 2, "pipeline": 2, "sequence": True},
     "recompute": {"recompute": True},
     "distributed_optimizer": {"distributed_optimizer": True},
+    "pipeline+bfloat16": {"ranks_per_node": 2, "pipeline": 2, "dtype": "bfloat16"},
     "bfloat16": {"ranks_per_node": 2, "distributed_optimizer": True, "dtype": "bfloat16"},
 }
 
@@ -40,8 +41,9 @@ class Runs:
             toy_run.run(self.folder, out, stage, start_from, **LAYOUTS[layout])
         return out
 
-    def resumed(self, then: str, now: str, name: str, **options) -> Path:
-        return toy_run.resume(self.folder, self.out(then), self.folder / "runs" / name, **LAYOUTS[now], **options)
+    def resumed(self, then: str, now: str, name: str, stage: str = "sft", **options) -> Path:
+        out = self.folder / "runs" / name
+        return toy_run.resume(self.folder, self.out(then, stage), out, stage=stage, **LAYOUTS[now], **options)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def assert_same(out: Path, reference: Path) -> None:
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("alone", "bfloat16")])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "alone" and "bfloat16" not in name])
 def test_every_layout_trains_alike(runs, layout):
     assert_same(runs.out(layout), runs.out("alone"))
     counts = [
@@ -69,6 +71,10 @@ def test_every_layout_trains_alike(runs, layout):
         for report in (json.loads((runs.out(name) / "finished.json").read_text()) for name in (layout, "alone"))
     ]
     assert counts[0] == counts[1]
+
+
+def test_the_vision_model_learns_alike(runs):
+    assert_same(runs.out("tensor+sequence+pipeline", "all"), runs.out("alone", "all"))
 
 
 def test_there_is_something_to_learn(runs):
@@ -127,6 +133,11 @@ def test_another_number_of_data_ranks_goes_on_alike_with_a_stream_of_its_own(run
 def test_the_same_layout_goes_on_to_the_bit(runs, layout):
     out = runs.resumed(layout, layout, f"{layout}-again")
     assert toy_run.curve(out) == toy_run.curve(runs.out(layout))
+
+
+def test_a_rank_that_trains_nothing_goes_on_too(runs):
+    out = runs.resumed("pipeline+bfloat16", "pipeline+bfloat16", "pretrain-again", "pretrain")
+    assert toy_run.curve(out) == toy_run.curve(runs.out("pipeline+bfloat16", "pretrain"))
 
 
 @pytest.mark.parametrize(

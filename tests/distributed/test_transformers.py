@@ -79,6 +79,9 @@ def worker(folder: Path, name: str) -> None:
     parallel.initialize(layout, seed=1)
     for feature_layer in FEATURE_LAYERS:
         model = build_from_checkpoint(folder / str(feature_layer) / "combined", parallel=layout)
+        if pipeline > 1:
+            with pytest.raises(ValueError, match=rf"parallel\.pipeline: is {pipeline}, generation needs"):
+                model.logits(inputs()[0][None], torch.arange(LENGTH)[None])
         with torch.no_grad():
             features = model.image_features(inputs()[2]) if model.pre_process else None
         found = {

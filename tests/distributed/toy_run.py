@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def make(folder: Path, **language: Any) -> Path:
 
 
 def settings(path: Path, *, dtype: str = "float32", workers: int = 0, **parallel: Any) -> Path:
-    """Settings with stages that learn from `combined` (`pretrain`, `sft`) and from `pretrain` (`sft_after`)."""
+    """Settings with stages that learn from `combined` (`pretrain`, `sft`, `all`) and from `pretrain` (`sft_after`)."""
     shared = {
         "data": dict.fromkeys(SETS, 1.0),
         "prompt": "instruction",
@@ -101,6 +102,7 @@ def settings(path: Path, *, dtype: str = "float32", workers: int = 0, **parallel
     stages = {
         "pretrain": shared | {"start_from": "combined", "trainable": ["projector"]},
         "sft": shared | {"start_from": "combined", "trainable": ["projector", "language"]},
+        "all": shared | {"start_from": "combined", "trainable": ["vision", "projector", "language"]},
         "sft_after": shared | {"start_from": "pretrain", "trainable": ["projector", "language"]},
     }
     layout = {f"parallel__{key}": value for key, value in parallel.items()}
@@ -140,6 +142,9 @@ def train(
                 run.train()
         except (ValueError, NonFiniteError) as error:
             print(f"refused: {error}", file=sys.stderr)
+        except Exception:
+            traceback.print_exc()
+            raise
 
 
 def _break(number: int | None) -> None:

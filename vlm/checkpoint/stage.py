@@ -7,7 +7,6 @@ rank alone (its random generators) is in `rank_00000.pt`, the place in the data 
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import shutil
@@ -24,6 +23,7 @@ from vlm.checkpoint import model as models
 from vlm.checkpoint import places
 from vlm.checkpoint.manifest import PARTS, Manifest, Parent, read_manifest
 from vlm.checkpoint.pending import NotSaved, Pending
+from vlm.checkpoint.tensors import Held
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def begin_stage(
         "layout": _layout(),
         "distributed_optimizer": _distributed(optimizer),
     }
-    held: dict[str, io.BytesIO] = {}
+    held: dict[str, Held] = {}
     try:
         folder = models.prepare(destination)
         models.write_state(folder, state, held)
@@ -145,7 +145,7 @@ def begin_stage(
             held[_data_file(folder).name] = _content({"loader": _pack(loader)})
     except OSError as error:
         shutil.rmtree(destination.with_name(f".{destination.name}.writing"), ignore_errors=True)
-        raise NotSaved(destination, error, sum(len(one.getbuffer()) for one in held.values())) from error
+        raise NotSaved(destination, error, sum(one.num_bytes for one in held.values())) from error
 
     def publish() -> None:
         models.complete(folder, destination, manifest, origin)
@@ -161,8 +161,8 @@ def save_stage(out: Path, **options: Any) -> Path:
     return begin_stage(out, **options).finish()
 
 
-def _content(value: Any) -> io.BytesIO:
-    content = io.BytesIO()
+def _content(value: Any) -> Held:
+    content = Held()
     torch.save(value, content)
     return content
 
@@ -195,6 +195,8 @@ def load_stage(checkpoint: Path, *, model: Any, optimizer: Any, scheduler: Any) 
     weights = models.sharded_state(model, manifest.parts)
     sharded = optimizer.sharded_state_dict(weights, is_loading=True, metadata=models.metadata())
     state = models.read_state(folder, {"optimizer": sharded})
+    # bfloat16's optimizer asks for a list of masters even where a pipeline stage trains nothing (optimizer.py:880).
+    state["optimizer"].setdefault("fp32_from_fp16_params", [])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
     if then == now:
