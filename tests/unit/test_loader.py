@@ -408,3 +408,10 @@ def test_every_epoch_is_a_new_permutation(open_loader: Open, folder: Path) -> No
     assert set(keys[:108]) == set(keys[108:]) == train
     together = set(zip(keys[:108], keys[1:108], strict=False)) & set(zip(keys[108:], keys[109:], strict=False))
     assert len(together) <= 6
+
+
+def test_a_sequence_of_broken_pictures_alone_is_left_out(open_loader: Open, damaged: tuple[Path, list[str]]) -> None:
+    captions = {"stages__pretrain__data": {"captions": 1.0}}
+    loader = open_loader(data=damaged[0], data__packing_buffer=1, **captions)
+    assert all(len(batch.sample_keys) == 1 for batch in _take(loader, 130))
+    assert loader.rejected.keys() == set(damaged[1])
