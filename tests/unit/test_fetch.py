@@ -12,12 +12,14 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hub_server import World, commit_of, serve
+from huggingface_hub import errors
 
 from vlm.config import Source
-from vlm.fetch import hub
+from vlm.fetch import hub, retry
 from vlm.fetch.folder import fetch
 
 MODEL = {
@@ -218,6 +220,9 @@ def test_a_hub_model_is_fetched_once_and_then_read_from_the_cache(tmp_path: Path
         offline = command(tmp_path, endpoint, "good/model", str(out), *option, **variables)
         assert offline.returncode == 0, offline.stderr
         assert names(out) == FETCHED and not world.requests
+    gone = command(tmp_path, "http://127.0.0.1:9", "good/model", str(out))
+    assert gone.returncode == 0, gone.stderr
+    assert "cannot be reached, looking into the cache" in gone.stderr
 
 
 @pytest.mark.parametrize(
@@ -300,6 +305,24 @@ def test_a_hub_that_stays_wrong_is_refused(
 def test_an_unreachable_hub_is_one_message(tmp_path: Path) -> None:
     said = complaint(command(tmp_path, "http://127.0.0.1:9", "good/model", str(tmp_path / "out")))
     assert "cannot be reached" in said
+
+
+def test_a_hub_that_is_down_for_long_leaves_the_cache(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(retry.time, "sleep", pauses.append)
+
+    def answer(status: int) -> list[Any]:
+        refused = SimpleNamespace(status_code=status, headers={}, request=None)
+        raise errors.HfHubHTTPError("no", response=refused)  # type: ignore[arg-type]
+
+    assert hub._plan("good/model", lambda: answer(503)) is None
+    assert len(pauses) == retry.TRIES - 1 and 60 < sum(pauses) < 130
+    assert "looking into the cache" in capsys.readouterr().err
+    with pytest.raises(errors.HfHubHTTPError):
+        hub._plan("good/model", lambda: answer(401))
+    assert len(pauses) == retry.TRIES - 1, "asked again although it was refused"
 
 
 def test_a_branch_that_moved_on_is_told_and_can_be_kept(tmp_path: Path, world: World, endpoint: str) -> None:

@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -65,28 +67,49 @@ def download(
         ValueError: no such repository, revision or file; no access; another commit; damaged files; a full disk.
         FileNotFoundError: the Hub cannot be reached and its cache does not hold the files.
     """
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     where = f"{repository} (revision {revision}) on {constants.ENDPOINT}"
-    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repository}"
     options: dict[str, Any] = {
         "repo_type": kind,
         "revision": revision,
         "allow_patterns": list(patterns) or None,
         "ignore_patterns": list(ignored) or None,
     }
-    try:
-        if not offline:
-            planned = _again(where, lambda: snapshot_download(repository, dry_run=True, **options))
-            _check_plan(where, planned, patterns, commit)
+
+    def bring() -> Path:
         folder = Path(_again(where, lambda: snapshot_download(repository, local_files_only=offline, **options)))
+        _check_commit(where, folder.name, commit)
+        return folder
+
+    with _explained(where, repository, kind, patterns, offline):
+        if not offline:
+            planned = _plan(where, lambda: snapshot_download(repository, dry_run=True, **options))
+            if planned is None:
+                offline = True
+            else:
+                _check_plan(where, planned, patterns, commit)
+        folder = bring()
         bad, found = _prove(folder, patterns, ignored, known or {})
         if bad and not offline:
             for name in bad:  # fetched once more, this time into an empty place
                 (folder / name).resolve().unlink()
                 (folder / name).unlink(missing_ok=True)
-            folder = Path(_again(where, lambda: snapshot_download(repository, **options)))
+            folder = bring()
             bad, found = _prove(folder, patterns, ignored, known or {})
+    if bad:
+        raise ValueError(f"{where}: {', '.join(bad)} came damaged, twice: not what the repository lists")
+    return Snapshot(folder, folder.name, found)
+
+
+@contextmanager
+def _explained(where: str, repository: str, kind: Kind, patterns: Sequence[str], offline: bool) -> Iterator[None]:
+    """Say what to do about the errors of huggingface_hub."""
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repository}"
+    try:
+        yield
     except errors.GatedRepoError:
         raise ValueError(
             f"{where}: its owner asks you to accept terms; do so on {page}, then set HF_TOKEN or run `hf auth login`"
@@ -102,7 +125,7 @@ def download(
         raise ValueError(f"{repository}: is no folder here, and no name of a repository either: {error}") from None
     except errors.HfHubHTTPError as error:
         raise _refused(where, error) from None
-    except (errors.LocalEntryNotFoundError, errors.DryRunError, errors.OfflineModeIsEnabled):
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         why = "nothing may be fetched offline" if offline else "the Hub cannot be reached"
         wanted = f" ({', '.join(patterns)})" if patterns and kind == "dataset" else ""
         raise FileNotFoundError(
@@ -111,9 +134,21 @@ def download(
         ) from None
     except errors.HTTPError as error:
         raise FileNotFoundError(f"{where}: the Hub cannot be reached ({error})") from None
-    if bad:
-        raise ValueError(f"{where}: {', '.join(bad)} came damaged, twice: not what the repository lists")
-    return Snapshot(folder, folder.name, found)
+
+
+def _plan(where: str, action: Callable[[], list[Any]]) -> list[Any] | None:
+    """What would be fetched; None where the Hub cannot be reached or is down, so that the cache has to do."""
+    from huggingface_hub import errors
+
+    try:
+        return _again(where, action)
+    except errors.DryRunError:
+        pass
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code not in retry.STATUSES:
+            raise
+    print(f"{where}: cannot be reached, looking into the cache", file=sys.stderr)
+    return None
 
 
 def _again(where: str, action: Callable[[], _Result]) -> _Result:
@@ -151,16 +186,20 @@ def _refused(where: str, error: Any) -> Exception:
     return ValueError(f"{where}: the Hub refuses it ({status}){hint}")
 
 
+def _check_commit(where: str, found: str, commit: str | None) -> None:
+    if commit and found != commit:
+        raise ValueError(
+            f"{where}: leads to commit {found} now, and to {commit} when this run fetched it first; set "
+            f"`revision: {commit}` to keep that"
+        )
+
+
 def _check_plan(where: str, planned: Sequence[Any], patterns: Sequence[str], commit: str | None) -> None:
     from huggingface_hub import constants
 
     if not planned:
         raise ValueError(f"{where}: has no file like {', '.join(patterns) or 'any'}")
-    if commit and planned[0].commit_hash != commit:
-        raise ValueError(
-            f"{where}: leads to commit {planned[0].commit_hash} now, and to {commit} when this run fetched it first; "
-            f"set `revision: {commit}` to keep that"
-        )
+    _check_commit(where, planned[0].commit_hash, commit)
     needed = sum(one.file_size or 0 for one in planned if one.will_download)
     place = Path(constants.HF_HUB_CACHE)
     place.mkdir(parents=True, exist_ok=True)
