@@ -164,7 +164,7 @@ def test_a_second_training_in_the_folder_is_refused(runs, tmp_path):
     out = tmp_path / "run"
     first = runs.start("pretrain", out, Event(STEP, 5, time.sleep, (60.0,)), values=NAMED_AT_NEXT_STEP)
     while not (out / "checkpoints/latest").exists():
-        assert first.is_alive()
+        assert first.is_alive(), log(out)
         time.sleep(0.05)
     assert runs.train("pretrain", out) == 73
     assert f"belongs to another training, process {first.pid} on " in log(out)

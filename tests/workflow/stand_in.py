@@ -1,6 +1,7 @@
 """Stands in for `vlm`: the real parser reads the arguments, and the files that they promise are made, all but empty.
 
-Every call is noted in `calls.txt` of the working directory. A file `hold` makes training wait until it is gone.
+Every call is noted in `calls.txt` of the working directory. A file `hold` makes training wait until it is gone, a file
+`stop` makes it end as one that was asked to.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ def train(out: Path, wait: bool) -> None:
             starts.write("started\n")
         while Path("hold").exists():
             time.sleep(0.05)
+        if Path("stop").exists():
+            print("stopped by SIGTERM; the same command goes on", file=sys.stderr)
+            sys.exit(75)
         make(out / "finished.json")
 
 

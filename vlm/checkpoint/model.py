@@ -5,7 +5,6 @@ megatron-core is imported inside the functions: it takes seconds, and reading te
 
 from __future__ import annotations
 
-import io
 import shutil
 import warnings
 from collections import defaultdict
@@ -20,7 +19,7 @@ from torch import distributed
 
 from vlm import files
 from vlm.checkpoint.manifest import Manifest
-from vlm.checkpoint.tensors import METADATA, Tensors, Writer, own_errors
+from vlm.checkpoint.tensors import METADATA, Held, Tensors, Writer, own_errors
 
 State = dict[str, Any]
 
@@ -56,7 +55,7 @@ def sharded_state(model: Any, parts: Iterable[str] | None = None) -> State:
     return chosen
 
 
-def _save_strategy(held: dict[str, io.BytesIO] | None) -> Any:
+def _save_strategy(held: dict[str, Held] | None) -> Any:
     """megatron-core's `torch_dist` save strategy on the writer of `torch.distributed.checkpoint`.
 
     The one megatron-core ships (dist_checkpointing/strategies/filesystem_async.py:54) spawns a process that loads
@@ -83,7 +82,7 @@ def _save_strategy(held: dict[str, io.BytesIO] | None) -> Any:
     return Direct("torch_dist", 1)
 
 
-def write_state(folder: Path, state: State, held: dict[str, io.BytesIO] | None = None) -> None:
+def write_state(folder: Path, state: State, held: dict[str, Held] | None = None) -> None:
     """Write sharded tensors and what is not sharded into a folder that all ranks see. Called by all ranks.
 
     Args:

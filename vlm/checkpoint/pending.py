@@ -7,7 +7,6 @@ and `latest` moves, when the files of all ranks are on disk: at the next step bo
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import threading
@@ -18,9 +17,7 @@ from pathlib import Path
 from torch import distributed
 
 from vlm.checkpoint import model as models
-
-_PIECE_BYTES = 1 << 26
-"""Written at once; Python's lock is free meanwhile."""
+from vlm.checkpoint.tensors import Held
 
 
 class NotSaved(RuntimeError):
@@ -47,17 +44,17 @@ class Pending:
         publish: gives the finished folder its name; called on the first rank.
     """
 
-    def __init__(self, out: Path, folder: Path, held: Mapping[str, io.BytesIO], publish: Callable[[], None]) -> None:
+    def __init__(self, out: Path, folder: Path, held: Mapping[str, Held], publish: Callable[[], None]) -> None:
         self.out, self._folder, self._publish = out, folder, publish
         self._error: BaseException | None = None
-        self._needed_bytes = sum(len(content.getbuffer()) for content in held.values())
+        self._needed_bytes = sum(content.num_bytes for content in held.values())
         self._began = time.monotonic()
         self.seconds = 0.0
         """From the copy to the name; known when it is finished."""
         self._thread = threading.Thread(target=self._write, args=(held,), name="checkpoint", daemon=True)
         self._thread.start()
 
-    def _write(self, held: Mapping[str, io.BytesIO]) -> None:
+    def _write(self, held: Mapping[str, Held]) -> None:
         try:
             for name, content in held.items():
                 write(self._folder / name, content)
@@ -99,10 +96,9 @@ class Pending:
             raise NotSaved(self.out, errors[0], sum(needed for _, needed in reports))
 
 
-def write(path: Path, content: io.BytesIO) -> None:
-    """Write a file from memory and flush it to disk."""
-    with open(path, "wb") as stream, content.getbuffer() as memory:
-        for start in range(0, len(memory), _PIECE_BYTES):
-            stream.write(memory[start : start + _PIECE_BYTES])
+def write(path: Path, content: Held) -> None:
+    """Write a file from memory and flush it to disk. Python's lock is free meanwhile."""
+    with open(path, "wb") as stream:
+        stream.writelines(content.pieces)
         stream.flush()
         os.fsync(stream.fileno())

@@ -92,6 +92,8 @@ def _is_finished(plan: Plan) -> bool:
 def _train(plan: Plan, stop: Stop) -> int:
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
+    import torch
+
     from vlm import checkpoint, parallel
     from vlm.train.step import NonFiniteError  # torch, megatron-core and Energon: 4 s
     from vlm.train.trainer import Trainer
@@ -102,7 +104,8 @@ def _train(plan: Plan, stop: Stop) -> int:
         with Watch(), Trainer(plan, stop) as trainer:
             stopped = trainer.train()
     except (NonFiniteError, checkpoint.NotSaved) as error:
-        print(f"vlm: {error}", file=sys.stderr)
+        if torch.distributed.get_rank() == 0:  # all ranks say the same, or the watch has told the first one
+            print(f"vlm: {error}", file=sys.stderr)
         return 1
     parallel.destroy()  # not after an error, when other ranks may still wait in a collective
     if stopped is None:

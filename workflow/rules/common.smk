@@ -13,8 +13,9 @@ try:
 except ValueError as mistakes:
     raise WorkflowError(mistakes) from None
 
-# `vlm` and `snakemake` beside the running interpreter, so that the environment need not be activated.
-shell.prefix(f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"; ')
+# `vlm` and `snakemake` beside the running interpreter, so that the environment need not be activated. A prefix replaces
+# snakemake's own, without which a pipeline ends as its last command does.
+shell.prefix(f'set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"; ')
 
 RESULTS = f"results/{CONFIG.run}"
 RESOLVED_CONFIG = f"{RESULTS}/config.yaml"
