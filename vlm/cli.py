@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,9 @@ def _call(target: str) -> Callable[..., Any]:
 
     def run(**arguments: Any) -> Any:
         module, function = target.split(":")
+        # PyTorch reads it at its first allocation. Fresh memory in pages of 2 MB costs a fifth of the CPU time that
+        # pages of 4 KB do (700 MB: 0.07 against 0.36 s), which is most of what converting a model takes.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         # megatron-core warns its own developers: of optional packages that are not there, of its own deprecated calls.
         warnings.filterwarnings("ignore", module=r"megatron\.core\.")
         return getattr(importlib.import_module(module), function)(**arguments)
