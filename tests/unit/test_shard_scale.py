@@ -160,8 +160,11 @@ def test_ten_kills_leave_what_an_undisturbed_run_writes(tmp_path: Path) -> None:
 
 
 def test_other_settings_start_anew(tmp_path: Path, source: Path, config: Path) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vlm.data.shard._finish", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr("vlm.data.shard._finish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             shard(config, "captions", source, tmp_path / "out")
     assert len(list((tmp_path / ".out.writing").glob("*.tar"))) == 4
