@@ -62,6 +62,15 @@ def test_one_request_that_arrives_twice_is_one(runs, tmp_path):
     assert saved(out) == "iteration_0000005"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_loader_processes_do_not_end_before_the_step(runs, tmp_path, number):
+    out, config = tmp_path / "asked", tmp_path / "config.yaml"
+    train_workspace.changed(runs.config, config, data__workers=1)
+    assert runs.train("pretrain", out, Event(STEP, 5, train_process.ask_all, (number,)), config=config) == STOPPED
+    assert saved(out) == "iteration_0000005" and "Traceback" not in log(out)
+    assert runs.train("pretrain", out, config=config) == 0, log(out)
+
+
 @pytest.mark.parametrize("target", [STEP, "vlm.checkpoint.model:write_state"], ids=["in-a-step", "in-a-save"])
 def test_asked_again_it_leaves_at_once(runs, tmp_path, target):
     """Though the main thread cannot notice: it is as deaf as one that waits for a rank that will not come."""

@@ -19,6 +19,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).parent))  # the forked process imports this module by name
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -48,6 +50,14 @@ def ask(number: int, times: int = 1, gap_seconds: float = 0.0) -> None:
     for _ in range(times):
         os.kill(os.getpid(), number)
         time.sleep(gap_seconds)
+
+
+def ask_all(number: int) -> None:
+    """This process and those that it started, as SLURM does at the time limit."""
+    for process in psutil.Process().children(recursive=True):
+        process.send_signal(number)
+    time.sleep(0.5)
+    ask(number)
 
 
 def ask_while_busy(number: int) -> None:
