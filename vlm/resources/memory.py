@@ -1,0 +1,160 @@
+"""Memory of a GPU in training, by what it holds.
+
+Weights, gradients and optimizer state follow from the parameters (`vlm.resources.parameters`): the weights in the run's
+type, and for what learns a gradient in fp32, under bfloat16 a master in fp32, and Adam's two moments in fp32. The
+distributed optimizer shares masters and moments, not gradients, among the data-parallel ranks (ZeRO 1).
+
+Activations are what autograd keeps from forward to backward. The method is that of Korthikanti et al.
+(arXiv:2205.05198, section 4), the terms are those of this model: attention keeps queries, keys, values, its output and
+one fp32 statistic per query and head instead of their 5 a s / h; there is no dropout, and the layer is gated; what is
+frozen keeps the input of nonlinear operations alone, since no weight asks for a gradient. In elements per slot of a
+sequence, D hidden, H and G query and key/value heads of K channels, F inside the MLP, t tensor-parallel ranks:
+
+    kept by                           always                            and where the layer learns
+    norms: their inputs               2 D      / t under sequence       outputs 2 D, / t under sequence
+    attention                         ((H + 2 G) K + H K) / t
+    SwiGLU: gate and up               2 F / t                           output F / t
+    SwiGLU of backends without ours   F / t (silu of the gate)
+
+`recompute` keeps D per layer, and all of the above for one layer at a time. The first of p pipeline stages has p
+micro-batches under way (1F1B; Narayanan et al., arXiv:2104.04473), the last one.
+
+`working` is what backward needs besides, at its worst: in the MLP of the last layer, when everything is still kept.
+
+Measured on an H200 by tests/benches/bench_training_step.py (`max_memory_allocated`, one rank): see `tests/unit/
+test_plan_memory.py`, which holds the estimate to those numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from vlm.config import Config, Stage
+from vlm.resources import parameters
+from vlm.resources.bases import Bases
+from vlm.resources.workload import Workload, of_sequence
+
+FP32 = 4
+NORM_STATISTIC = FP32
+LOGIT_BYTES = {"triton": 0, "transformer_engine": 2, "torch": 8}
+"""Kept per logit of a trained position: none, the bfloat16 logits, or their softmax in fp32 and, in backward, its
+gradient."""
+EAGER_LOGIT_BYTES = 12
+"""What plain PyTorch takes per logit, forward and backward: kernels/README.md, 3.00 GiB for 8192 x 32768."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a GPU at the worst moment of a step, on one stage of the pipeline."""
+
+    weights: int
+    gradients: int
+    masters: int
+    moments: int
+    activations: int
+    """Of the language model's layers, all micro-batches under way."""
+    joining: int
+    """Activations of vision model, projector and loss."""
+    working: int
+    """Temporary, in backward."""
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def of_training(config: Config, stage: str, bases: Bases) -> list[Memory]:
+    """Memory per GPU on each stage of the pipeline, for the layout of the configuration."""
+    sequence = of_sequence(config, stage, bases)
+    return [_on_stage(config, config.stages[stage], bases, sequence, i) for i in range(config.parallel.pipeline)]
+
+
+def peak(config: Config, stage: str, bases: Bases) -> Memory:
+    """Of the fullest GPU."""
+    return max(of_training(config, stage, bases), key=lambda memory: memory.total)
+
+
+def logits_avoided(config: Config, stage: str, bases: Bases) -> int:
+    """Bytes that a head over all positions would take in plain PyTorch; this one sees trained positions alone."""
+    vocabulary = bases.language.vocab_size // config.parallel.tensor
+    return config.stages[stage].sequence_length * vocabulary * EAGER_LOGIT_BYTES
+
+
+def _on_stage(config: Config, settings: Stage, bases: Bases, sequence: Workload, index: int) -> Memory:
+    parallel, trainable = config.parallel, settings.trainable
+    size = 2 if config.dtype == "bfloat16" else 4
+    counts = {
+        part: count.on(parallel.tensor) for part, count in parameters.of_stage(bases, config, parallel, index).items()
+    }
+    trained = sum(count for part, count in counts.items() if part in trainable)
+    shared = -(-trained // parallel.data) if parallel.distributed_optimizer else trained
+    layers = bases.language.num_layers // parallel.pipeline
+    learns = "language" in trainable
+    of_layer = _layer(config, bases, sequence.slots, learns)
+    stream = sequence.slots * bases.language.hidden_size * size // (parallel.tensor if parallel.sequence else 1)
+    kept = layers * stream if parallel.recompute else layers * of_layer
+    if index == parallel.pipeline - 1:
+        kept += stream  # the input of the final norm
+    micro_batches = settings.global_batch // parallel.data
+    under_way = min(parallel.pipeline - index, micro_batches)
+    joining = _joining(config, bases, sequence, trainable) * under_way if index == 0 else 0
+    if index == parallel.pipeline - 1:
+        joining += _loss(config, bases, sequence)
+    return Memory(
+        weights=sum(counts.values()) * size,
+        gradients=trained * FP32,
+        masters=shared * FP32 if config.dtype == "bfloat16" else 0,
+        moments=shared * 2 * FP32,
+        activations=under_way * kept + (of_layer if parallel.recompute else 0),
+        joining=joining,
+        working=_working(config, bases, sequence.slots, learns),
+    )
+
+
+def _layer(config: Config, bases: Bases, slots: int, learns: bool) -> int:
+    """Bytes that one layer of the language model keeps for backward, on a rank."""
+    sizes, parallel = bases.language, config.parallel
+    size = 2 if config.dtype == "bfloat16" else 4
+    norms = (2 + 2 * learns) * sizes.hidden_size
+    attention = (2 * sizes.num_heads + 2 * sizes.num_kv_heads) * sizes.head_dim
+    gated = (2 + learns + (config.kernels.backend != "triton")) * sizes.ffn_hidden_size
+    across = parallel.tensor if parallel.sequence else 1
+    elements = norms / across + (attention + gated) / parallel.tensor
+    statistics = 2 * NORM_STATISTIC / across + sizes.num_heads * FP32 / parallel.tensor
+    return int(slots * (elements * size + statistics))
+
+
+def _working(config: Config, bases: Bases, slots: int, learns: bool) -> int:
+    """The largest of what backward through an MLP has at once beside what was kept: the gradient of the residual
+    stream, and either those of SwiGLU's output and input, or that of its input, fc1's weight gradient and the gradient
+    of fc1's input."""
+    sizes, tensor = bases.language, config.parallel.tensor
+    size = 2 if config.dtype == "bfloat16" else 4
+    inside = slots * sizes.ffn_hidden_size // tensor
+    stream = slots * sizes.hidden_size
+    weight = 2 * sizes.ffn_hidden_size // tensor * sizes.hidden_size if learns else 0
+    return size * (stream + max(3 * inside, 2 * inside + stream + weight))
+
+
+def _joining(config: Config, bases: Bases, sequence: Workload, trainable: tuple[str, ...]) -> int:
+    """Vision model and projector, for one micro-batch."""
+    vision, tensor = bases.vision, config.parallel.tensor
+    size = 2 if config.dtype == "bfloat16" else 4
+    if not {"vision", "projector"} & set(trainable):
+        return 0
+    tokens = sequence.pictures * (1 + vision.num_image_tokens)
+    inside = config.models.projector.hidden_size
+    fused = tensor == 1 and config.kernels.backend == "triton"
+    elements = vision.hidden_size + (1 if fused else 2) * inside / tensor
+    if "vision" in trainable:
+        # Norms' inputs and outputs; qkv and attention's output; fc1's output, quick GELU's sigmoid and product.
+        block = 4 * vision.hidden_size + (4 * vision.hidden_size + 3 * vision.ffn_hidden_size) / tensor
+        elements += vision.num_built_layers(config.models.vision.feature_layer) * block
+    return int(tokens * elements * size)
+
+
+def _loss(config: Config, bases: Bases, sequence: Workload) -> int:
+    """The head's input at trained positions, and its logits where a backend keeps them."""
+    size = 2 if config.dtype == "bfloat16" else 4
+    logits = bases.language.vocab_size / config.parallel.tensor * LOGIT_BYTES[config.kernels.backend]
+    return int(sequence.trained_tokens * (bases.language.hidden_size * size + logits))
