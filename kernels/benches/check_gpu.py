@@ -280,7 +280,7 @@ def check_projector(patches: int = 576, vision: int = 1024, hidden: int = 4096, 
 
         with torch.no_grad():
             first = {
-                keep: milliseconds(lambda k=keep, x=rows, w=fc1, b=bias: _first_layer(x, w, b, 1 + patches, False, k))
+                keep: milliseconds(lambda k=keep, x=rows, w=fc1, b=bias: _first_layer(x, w, b, False, k))
                 for keep in (True, False)
             }
         whole = milliseconds(both)

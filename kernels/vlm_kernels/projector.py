@@ -16,8 +16,9 @@ sigmoid(2 sqrt(2 / pi) (u + 0.044715 u^3)), which is (1 + tanh) / 2 ("gelu_tanh"
 Forward is three kernels: fc1 with bias and GELU, fc2 with bias and the scatter, and a copy of the rows of `into` that
 no patch replaces. Backward fuses gelu' with the product before it, where a is computed again from u and the rows' share
 of db1 is summed. u, a and du are laid out like the features, a row per class token included, so that every product is
-one of whole tensors: the class tokens cost 1 / (1 + P) of the arithmetic, their rows of a and du are zeros, and fc2
-writes none for them. dx, dW1 and dW2 are torch's (cuBLAS), because they have nothing before or behind them to fuse.
+one of whole tensors: the class tokens cost 1 / (1 + P) of the arithmetic, fc2 writes no rows for them, and backwards
+their rows of a and du are zeros. dx, dW1 and dW2 are torch's (cuBLAS), because they have nothing before or behind them
+to fuse.
 
 Memory, in elements, with M rows: forward reads x (M D_vision), writes u and a (M F each), reads a, writes M D, and
 copies (T - M) D. Saved for backward: u, besides the inputs; a is M F elements that cost one elementwise pass to
@@ -86,8 +87,8 @@ def _halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _activate(
-    u, bias_ptr, u_out, a_out, row, column, num_columns, length,
-    HAS_BIAS: tl.constexpr, KEEP: tl.constexpr, TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    u, bias_ptr, u_out, a_out, row, column, num_columns,
+    HAS_BIAS: tl.constexpr, KEEP: tl.constexpr, TANH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Finish fc1 for some of a tile's columns, from `row` and `column` on."""
     if HAS_BIAS:
@@ -99,8 +100,7 @@ def _activate(
         u_out.store([row, column], u)
     u = u.to(tl.float32)
     phi, _ = _distribution(u, TANH)
-    is_patch = (row + tl.arange(0, ROWS)) % length != 0
-    a_out.store([row, column], tl.where(is_patch[:, None], u * phi, 0.0).to(a_out.dtype))
+    a_out.store([row, column], (u * phi).to(a_out.dtype))
 
 
 @triton.jit
@@ -120,10 +120,10 @@ def _differentiate(
     tl.store(db_ptr + row // ROWS * num_columns + place, tl.sum(du, 0), mask=place < num_columns)
 
 
-@triton.jit(do_not_specialize=["num_rows", "length"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _first_layer_kernel(
     x, w, bias_ptr, u_out, a_out,  # [M, D_vision], [F, D_vision], [F], [M, F], [M, F]; u_out may be None
-    num_rows, num_columns, dim, length,
+    num_rows, num_columns, dim,
     HAS_BIAS: tl.constexpr, KEEP: tl.constexpr, TANH: tl.constexpr, PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
@@ -136,12 +136,8 @@ def _first_layer_kernel(
         u = product(x, w, row, column, dim, BLOCK_M, BLOCK_N, BLOCK_K)
         left, right = _halves(u, BLOCK_M, BLOCK_N)
         middle = column + BLOCK_N // 2
-        _activate(
-            left, bias_ptr, u_out, a_out, row, column, num_columns, length, HAS_BIAS, KEEP, TANH, BLOCK_M, BLOCK_N // 2
-        )
-        _activate(
-            right, bias_ptr, u_out, a_out, row, middle, num_columns, length, HAS_BIAS, KEEP, TANH, BLOCK_M, BLOCK_N // 2
-        )
+        _activate(left, bias_ptr, u_out, a_out, row, column, num_columns, HAS_BIAS, KEEP, TANH, BLOCK_N // 2)
+        _activate(right, bias_ptr, u_out, a_out, row, middle, num_columns, HAS_BIAS, KEEP, TANH, BLOCK_N // 2)
 
 
 @triton.jit(do_not_specialize=["num_rows", "length"])
@@ -239,7 +235,7 @@ class _ProjectImageTokens(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         taken = torch.zeros(len(into), dtype=torch.bool, device=into.device).index_fill_(0, positions, True)
         keep = any(ctx.needs_input_grad[:4])
-        u, a = _first_layer(x.flatten(0, 1), fc1, bias1, x.shape[1], tanh, keep)
+        u, a = _first_layer(x.flatten(0, 1), fc1, bias1, tanh, keep)
         out = _copy_rows(into, taken, zero=False)
         if _parallel(group):
             rows = _second_layer(a, fc2, None, None, a.new_empty(len(positions), len(fc2)), x.shape[1])
@@ -292,10 +288,8 @@ def _rows_with_class_tokens(g: Tensor, positions: Tensor, num_pictures: int, len
     return y
 
 
-def _first_layer(
-    x: Tensor, fc1: Tensor, bias: Tensor | None, length: int, tanh: bool, keep: bool
-) -> tuple[Tensor | None, Tensor]:
-    """u (if it is to be kept) and a, both [M, F], from x [M, D_vision] whose every `length`-th row is a class token."""
+def _first_layer(x: Tensor, fc1: Tensor, bias: Tensor | None, tanh: bool, keep: bool) -> tuple[Tensor | None, Tensor]:
+    """u (if it is to be kept) and a, both [M, F]."""
     (num_rows, dim), width = x.shape, len(fc1)
     tiles = FIRST[x.dtype == torch.float32]
     a = aligned(x, width)
@@ -305,7 +299,7 @@ def _first_layer(
         _first_layer_kernel[_grid(tiles, num_rows, width)](
             descriptor(x, tiles.block_m, tiles.block_k), descriptor(fc1, tiles.block_n, tiles.block_k), bias,
             None if u is None else descriptor(u, tiles.block_m, half), descriptor(a, tiles.block_m, half),
-            num_rows, width, dim, length,
+            num_rows, width, dim,
             HAS_BIAS=bias is not None, KEEP=keep, TANH=tanh, PROGRAMS=PROGRAMS, **options(tiles),
         )  # fmt: skip
     return u, a
