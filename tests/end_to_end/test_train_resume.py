@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 import train_workspace
+from train_process import Event
 from train_runs import NAMED_AT_NEXT_STEP, assert_same, content, log
 from train_workspace import ITERATIONS
 
@@ -85,6 +86,16 @@ def test_killed_with_a_loader_process(runs, tmp_path):
     assert runs.train("pretrain", killed, ("vlm.train.step:Step.__call__", 9), config=config) == -9
     assert runs.train("pretrain", killed, config=config) == 0
     assert_same(killed, alone)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(runs, tmp_path):
+    """And what is not on disk yet is not there for anyone, also when the run is killed."""
+    out = tmp_path / "killed"
+    slow = Event("vlm.checkpoint.pending:write", 1, time.sleep, (300.0,))
+    assert runs.train("sft", out, slow, ("vlm.train.step:Step.__call__", 6)) == -9
+    assert not (out / "checkpoints/latest").exists() and not list((out / "checkpoints").glob("iteration_*"))
+    assert runs.train("sft", out) == 0, log(out)
+    assert_same(out, runs.undisturbed("sft"))
 
 
 def test_remains_of_a_killed_save_are_cleared(runs, tmp_path):
