@@ -122,9 +122,9 @@ def test_what_is_complete_is_not_written_again(
 
 def test_ten_kills_leave_what_an_undisturbed_run_writes(tmp_path: Path) -> None:
     """Finished shards are kept, half ones are never seen, and no process outlives its parent."""
-    records = write_source(tmp_path / "captions", 3000)
+    records = write_source(tmp_path / "captions", 4000)
     pack(tmp_path / "captions")
-    config = configured(tmp_path / "config.yaml", samples_per_shard=75)
+    config = configured(tmp_path / "config.yaml", samples_per_shard=40)
     shard(config, "captions", tmp_path / "captions", tmp_path / "calm", workers=2)
     arguments = (config, "captions", tmp_path / "captions", tmp_path / "out", 2)
     draw, kept = random.Random(3), 0
