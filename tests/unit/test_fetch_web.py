@@ -6,6 +6,7 @@ import email.utils
 import io
 import json
 import random
+import shutil
 import time
 import zipfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 from hub_server import World, serve, sha256
 
 from vlm.fetch import retry, web
+from vlm.fetch.folder import fetch
 
 DATA = random.Random(0).randbytes(100_000)
 
@@ -163,3 +165,16 @@ def test_a_changed_file_in_the_cache_is_refused(url: str) -> None:
     path.write_bytes(b"short")
     with pytest.raises(ValueError, match="was changed after it was downloaded"):
         web.download(url)
+
+
+def test_another_file_behind_a_url_is_told(world: World, url: str, tmp_path: Path) -> None:
+    """Also when the cache and the folder are gone: the manifest stays."""
+    fetch(url, tmp_path / "out", kind="dataset")
+    fetch(url, tmp_path / "out", kind="dataset")
+    assert (tmp_path / "out/data.bin").read_bytes() == DATA
+    for name in ("out", "downloads"):
+        shutil.rmtree(tmp_path / name)
+    world.files["data.bin"] = DATA[::-1]
+    with pytest.raises(ValueError, match=f"data.bin: is another file now .sha256 {sha256(DATA[::-1])}.*{sha256(DATA)}"):
+        fetch(url, tmp_path / "out", kind="dataset")
+    assert not (tmp_path / "out").exists()
