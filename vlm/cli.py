@@ -120,6 +120,21 @@ def _add_data(commands: Any) -> None:
     inspect.add_argument("--split", choices=("train", "val"), default="train")
 
 
+def _add_plan(commands: Any) -> None:
+    plan = _command(commands, "plan", "vlm.estimate.command:plan", "Memory, time and disk of a run, before it starts.")
+    plan.add_argument("--config", type=Path, required=True, metavar="YAML", help="settings of the run")
+    known = "h100, h200, a100-80 and others, or GiB:TFLOP/s[:GB/s of its link] (default: %(default)s)"
+    plan.add_argument("--gpu", default="h100", help=known)
+    plan.add_argument("--gpus-per-node", type=int, default=None, help="default: parallel.ranks_per_node")
+    plan.add_argument("--nodes", type=int, default=None, help="default: parallel.nodes")
+    for part in ("language", "vision"):
+        plan.add_argument(f"--{part}", type=Path, default=None, help=f"Hugging Face folder of the {part} model")
+    speed = plan.add_mutually_exclusive_group()
+    speed.add_argument("--mfu", type=float, default=None, help="share of the GPU's peak to count with, 0 to 1")
+    speed.add_argument("--metrics", type=Path, default=None, help="metrics.jsonl of a run to take that share from")
+    plan.add_argument("--json", dest="as_json", action="store_true", help="one JSON object instead of tables")
+
+
 def _add_train(commands: Any) -> None:
     train = _command(commands, "train", "vlm.train.run:run", "Train one stage, resuming where it stopped.")
     _config(train)
@@ -234,6 +249,7 @@ def parser() -> argparse.ArgumentParser:
         _add_sources,
         _add_convert,
         _add_data,
+        _add_plan,
         _add_train,
         _add_generate,
         _add_score,

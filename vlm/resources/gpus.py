@@ -9,8 +9,8 @@ from vlm.model import flops
 
 GIB = 2**30
 USABLE = 0.92
-"""Share of the memory that tensors may take. The rest is the CUDA context, the buffers of NCCL and cuBLAS, and the holes
-that PyTorch's allocator leaves."""
+"""Share of the memory that tensors may take. The rest is the CUDA context, buffers of NCCL and cuBLAS, and holes that
+PyTorch's allocator leaves."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class Gpu:
     """Dense bfloat16 operations per second."""
     link_bytes_per_second: float
     """To the other GPUs of its machine, one way: NVLink where it has one, else PCIe."""
+
+    def peak(self, dtype: str) -> float:
+        """Of products in the run's type. In float32, which no tensor core multiplies, a sixteenth as on an A100."""
+        return self.peak_flops if dtype == "bfloat16" else self.peak_flops / 16
 
     @property
     def usable_bytes(self) -> int:

@@ -14,15 +14,17 @@ sequence, D hidden, H and G query and key/value heads of K channels, F inside th
     norms: their inputs               2 D      / t under sequence       outputs 2 D, / t under sequence
     attention                         ((H + 2 G) K + H K) / t
     SwiGLU: gate and up               2 F / t                           output F / t
-    SwiGLU of backends without ours   F / t (silu of the gate)
+    without our kernels               F / t, silu of the gate
+    plain PyTorch's attention         (2 H + G) K / t, copies           H K / t
 
 `recompute` keeps D per layer, and all of the above for one layer at a time. The first of p pipeline stages has p
 micro-batches under way (1F1B; Narayanan et al., arXiv:2104.04473), the last one.
 
-`working` is what backward needs besides, at its worst: in the MLP of the last layer, when everything is still kept.
+`working` is what backward needs besides, at its worst: in the loss, or in the MLP of the last layer.
 
-Measured on an H200 by tests/benches/bench_training_step.py (`max_memory_allocated`, one rank): see `tests/unit/
-test_plan_memory.py`, which holds the estimate to those numbers.
+Against `max_memory_allocated` on an H200 the sum was within 0.4 % for both stages and two backends, on one rank
+(tests/benches/bench_training_step.py; tests/unit/test_plan_memory.py compares them). Sharded layouts were compared with
+what autograd saves on a CPU (tests/distributed/test_plan_layouts.py), not with a GPU.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ from vlm.resources.workload import Workload, of_sequence
 
 FP32 = 4
 NORM_STATISTIC = FP32
-LOGIT_BYTES = {"triton": 0, "transformer_engine": 2, "torch": 8}
-"""Kept per logit of a trained position: none, the bfloat16 logits, or their softmax in fp32 and, in backward, its
-gradient."""
+LOGIT_BYTES = {"triton": 0, "transformer_engine": 2, "torch": 10}
+"""Per logit of a trained position in the loss: none are stored, the logits in bfloat16, or their softmax in fp32 and
+its gradient in fp32 and bfloat16."""
 EAGER_LOGIT_BYTES = 12
 """What plain PyTorch takes per logit, forward and backward: kernels/README.md, 3.00 GiB for 8192 x 32768."""
 
@@ -53,8 +55,8 @@ class Memory:
     moments: int
     activations: int
     """Of the language model's layers, all micro-batches under way."""
-    joining: int
-    """Activations of vision model, projector and loss."""
+    image_activations: int
+    """Of vision model and projector."""
     working: int
     """Temporary, in backward."""
 
@@ -66,7 +68,7 @@ class Memory:
 def of_training(config: Config, stage: str, bases: Bases) -> list[Memory]:
     """Memory per GPU on each stage of the pipeline, for the layout of the configuration."""
     sequence = of_sequence(config, stage, bases)
-    return [_on_stage(config, config.stages[stage], bases, sequence, i) for i in range(config.parallel.pipeline)]
+    return [on_stage(config, config.stages[stage], bases, sequence, i) for i in range(config.parallel.pipeline)]
 
 
 def peak(config: Config, stage: str, bases: Bases) -> Memory:
@@ -80,7 +82,8 @@ def logits_avoided(config: Config, stage: str, bases: Bases) -> int:
     return config.stages[stage].sequence_length * vocabulary * EAGER_LOGIT_BYTES
 
 
-def _on_stage(config: Config, settings: Stage, bases: Bases, sequence: Workload, index: int) -> Memory:
+def on_stage(config: Config, settings: Stage, bases: Bases, sequence: Workload, index: int) -> Memory:
+    """Memory per GPU of pipeline stage `index`, for packed sequences of the given content."""
     parallel, trainable = config.parallel, settings.trainable
     size = 2 if config.dtype == "bfloat16" else 4
     counts = {
@@ -97,17 +100,14 @@ def _on_stage(config: Config, settings: Stage, bases: Bases, sequence: Workload,
         kept += stream  # the input of the final norm
     micro_batches = settings.global_batch // parallel.data
     under_way = min(parallel.pipeline - index, micro_batches)
-    joining = _joining(config, bases, sequence, trainable) * under_way if index == 0 else 0
-    if index == parallel.pipeline - 1:
-        joining += _loss(config, bases, sequence)
     return Memory(
         weights=sum(counts.values()) * size,
         gradients=trained * FP32,
         masters=shared * FP32 if config.dtype == "bfloat16" else 0,
         moments=shared * 2 * FP32,
         activations=under_way * kept + (of_layer if parallel.recompute else 0),
-        joining=joining,
-        working=_working(config, bases, sequence.slots, learns),
+        image_activations=0 if index else under_way * _images(config, bases, sequence, trainable),
+        working=max(_mlp(config, bases, sequence.slots, learns), _loss(config, bases, sequence, learns)),
     )
 
 
@@ -116,7 +116,10 @@ def _layer(config: Config, bases: Bases, slots: int, learns: bool) -> int:
     sizes, parallel = bases.language, config.parallel
     size = 2 if config.dtype == "bfloat16" else 4
     norms = (2 + 2 * learns) * sizes.hidden_size
-    attention = (2 * sizes.num_heads + 2 * sizes.num_kv_heads) * sizes.head_dim
+    heads = 2 * sizes.num_heads + 2 * sizes.num_kv_heads
+    if config.kernels.backend == "torch":
+        heads += (2 + learns) * sizes.num_heads + sizes.num_kv_heads
+    attention = heads * sizes.head_dim
     gated = (2 + learns + (config.kernels.backend != "triton")) * sizes.ffn_hidden_size
     across = parallel.tensor if parallel.sequence else 1
     elements = norms / across + (attention + gated) / parallel.tensor
@@ -124,7 +127,7 @@ def _layer(config: Config, bases: Bases, slots: int, learns: bool) -> int:
     return int(slots * (elements * size + statistics))
 
 
-def _working(config: Config, bases: Bases, slots: int, learns: bool) -> int:
+def _mlp(config: Config, bases: Bases, slots: int, learns: bool) -> int:
     """The largest of what backward through an MLP has at once beside what was kept: the gradient of the residual
     stream, and either those of SwiGLU's output and input, or that of its input, fc1's weight gradient and the gradient
     of fc1's input."""
@@ -136,8 +139,8 @@ def _working(config: Config, bases: Bases, slots: int, learns: bool) -> int:
     return size * (stream + max(3 * inside, 2 * inside + stream + weight))
 
 
-def _joining(config: Config, bases: Bases, sequence: Workload, trainable: tuple[str, ...]) -> int:
-    """Vision model and projector, for one micro-batch."""
+def _images(config: Config, bases: Bases, sequence: Workload, trainable: tuple[str, ...]) -> int:
+    """Vision model and projector, for one micro-batch; nothing where neither learns, since no graph is built."""
     vision, tensor = bases.vision, config.parallel.tensor
     size = 2 if config.dtype == "bfloat16" else 4
     if not {"vision", "projector"} & set(trainable):
@@ -153,8 +156,10 @@ def _joining(config: Config, bases: Bases, sequence: Workload, trainable: tuple[
     return int(tokens * elements * size)
 
 
-def _loss(config: Config, bases: Bases, sequence: Workload) -> int:
-    """The head's input at trained positions, and its logits where a backend keeps them."""
+def _loss(config: Config, bases: Bases, sequence: Workload, learns: bool) -> int:
+    """The head's input at trained positions and its gradient, logits where a backend stores them, and the gradient of
+    the head's weight."""
     size = 2 if config.dtype == "bfloat16" else 4
-    logits = bases.language.vocab_size / config.parallel.tensor * LOGIT_BYTES[config.kernels.backend]
-    return int(sequence.trained_tokens * (bases.language.hidden_size * size + logits))
+    width, words = bases.language.hidden_size, bases.language.vocab_size // config.parallel.tensor
+    rows = sequence.trained_tokens * (2 * width * size + words * LOGIT_BYTES[config.kernels.backend])
+    return int(rows + learns * words * width * size)

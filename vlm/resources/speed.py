@@ -4,9 +4,9 @@
 
 with m micro-batches per data-parallel rank, t tensor-parallel ranks and p pipeline stages: the pipeline's bubble is
 p - 1 micro-batches (Narayanan et al., arXiv:2104.04473, section 2.2). A layer sums its activations over the
-tensor-parallel ranks twice forward and twice backward (Shoeybi et al., arXiv:1909.08053, section 3), in a ring that moves
-2 (t - 1) / t of them; gradients once per step over the data-parallel ranks. Nothing of this is overlapped, and what ranks
-wait for was not measured: links are taken at a share of what their data sheets state.
+tensor-parallel ranks twice forward and twice backward (Shoeybi et al., arXiv:1909.08053, section 3), in a ring that
+moves 2 (t - 1) / t of them; gradients once per step over the data-parallel ranks. Nothing of this is overlapped, and
+what ranks wait for was not measured: links are taken at a share of what their data sheets state.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def of_training(config: Config, stage: str, bases: Bases, gpu: Gpu, share: Effic
         again = cost.per_token * sequence.tokens / passes + cost.per_pair * sequence.pairs / 3
     micro_batches = settings.global_batch // parallel.data
     ranks = parallel.tensor * parallel.pipeline
-    compute = micro_batches * (of_micro_batch + again) / (ranks * gpu.peak_flops * share.share)
+    compute = micro_batches * (of_micro_batch + again) / (ranks * gpu.peak(config.dtype) * share.share)
     layers = micro_batches * _layers(config, bases, sequence.slots, gpu)
     bubble = (parallel.pipeline - 1) / micro_batches * (compute + layers)
     waiting = layers + bubble + _gradients(config, stage, bases, gpu)

@@ -21,6 +21,7 @@ FETCHED = {
     "https://cs.stanford.edu/people/rak248/VG_100K_2/images.zip": 9 * GB,
     "https://cs.stanford.edu/people/rak248/VG_100K_2/images2.zip": 6 * GB,
     "http://images.cocodataset.org/zips/val2014.zip": 13 * GB,
+    "https://storage.googleapis.com/sfr-vision-language-research/datasets/coco_karpathy_test_gt.json": 10**7,
     "MMMU/MMMU": 400 * 10**6,
 }
 """What is fetched, by source, as docs/data.md has it; val2014 twice, since its pictures are read unpacked."""

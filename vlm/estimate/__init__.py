@@ -1,0 +1,1 @@
+"""`vlm plan`: what a run will take, before anything of it is submitted."""
