@@ -33,8 +33,8 @@ class BaseModelSource(Tree):
 
 
 Origins = str | tuple[str, ...]
-"""A Hub repository (`owner/name`, with `@revision` where it is not that of the source), a local folder or file, a URL, or
-several of these. A URL may end in `#sha256=...`, which is checked."""
+"""A Hub repository (`owner/name`, with `@revision` where it is not that of the source), a local folder or file, a URL,
+or several of these. A URL may end in `#sha256=...`, which is checked."""
 
 
 class Source(Tree):
