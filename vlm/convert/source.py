@@ -98,14 +98,14 @@ def write(
         source: already checked against `rows`.
         bases: by `language` or `vision`.
     """
-    by_key = {row.ours: row for row in rows}
+    by_key = {row.ours: row for row in sorted(rows, key=source.place)}
     specs = {key: (source.dtype(row), row.shape) for key, row in by_key.items()}
     total = sum(num_bytes(shape, dtype) for dtype, shape in specs.values())
     side_files = dict.fromkeys(file for base in bases.values() for file in base.side_files)
     read = [path for file in ("config.json", INDEX, *side_files) if (path := source.path / file).is_file()]
     needed = total + sum(path.stat().st_size for path in read)
     writing = checkpoint.writing(out, reads=[source.path], needed_bytes=needed, replaces=NAME)
-    # Hashing reads the same files at the same time, so that the second reader finds them in memory.
+    # Hashing reads the same files at the same time and in the same order: the second reader finds them in memory.
     with _hashing([*read, *source.files]) as hashes, writing as folder:
         with tqdm(total=total, desc=f"convert {name}", unit="B", unit_scale=True) as bar:
 

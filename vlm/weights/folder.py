@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.files import read_json
+from vlm.files import flushing, read_json
 from vlm.weights.tables import Row, Shape, Table, num_bytes
 
 Spec = tuple[torch.dtype, Shape]
@@ -195,6 +194,11 @@ class Folder:
         """Our tensor of one row."""
         return row.join([self.read(name) for name in row.theirs])
 
+    def place(self, row: Row) -> tuple[Path, int]:
+        """Where the first of a row's tensors lies: in this order files are read from their beginnings to their ends."""
+        entry = self.entries[row.theirs[0]]
+        return entry.file, entry.start
+
     def dtype(self, row: Row) -> torch.dtype:
         return DTYPES[self.entries[row.theirs[0]].type]
 
@@ -297,7 +301,7 @@ def _write_file(
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins aligned
-    with open(file, "wb") as stream:
+    with open(file, "wb") as stream, flushing(stream):
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, (dtype, shape) in shard.items():
             delivered, tensor = next(tensors)
@@ -306,5 +310,3 @@ def _write_file(
             assert len(data) == math.prod(shape) * dtype.itemsize
             stream.write(memoryview(data.numpy()))
             progress(len(data))
-        stream.flush()
-        os.fsync(stream.fileno())
