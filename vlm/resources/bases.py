@@ -82,8 +82,7 @@ def bases(
         results: folder of the runs.
 
     Raises:
-        ValueError: sizes that are nowhere, or models that cannot be built.
-        FileNotFoundError: a folder given here has no config.json.
+        ValueError: sizes that are nowhere, a folder given here without a config.json, or models that cannot be built.
     """
     read = {}
     for part, folder in (("language", language), ("vision", vision)):

@@ -16,6 +16,7 @@ sequence, D hidden, H and G query and key/value heads of K channels, F inside th
     SwiGLU: gate and up               2 F / t                           output F / t
     without our kernels               F / t, silu of the gate
     plain PyTorch's attention         (2 H + G) K / t, copies           H K / t
+                                      (H + G) K / t where t = G
 
 `recompute` keeps D per layer, and all of the above for one layer at a time. The first of p pipeline stages has p
 micro-batches under way (1F1B; Narayanan et al., arXiv:2104.04473), the last one.
@@ -93,11 +94,13 @@ def on_stage(config: Config, settings: Stage, bases: Bases, sequence: Workload, 
     shared = -(-trained // parallel.data) if parallel.distributed_optimizer else trained
     layers = bases.language.num_layers // parallel.pipeline
     learns = "language" in trainable
-    of_layer = _layer(config, bases, sequence.slots, learns)
+    of_layer = layer(config, bases, sequence.slots, learns)
     stream = sequence.slots * bases.language.hidden_size * size // (parallel.tensor if parallel.sequence else 1)
     kept = layers * stream if parallel.recompute else layers * of_layer
     if index == parallel.pipeline - 1:
         kept += stream  # the input of the final norm
+    if index == 0 and parallel.sequence:
+        kept += (parallel.tensor - 1) * stream  # the first layer's shard is a view of all embeddings
     micro_batches = settings.global_batch // parallel.data
     under_way = min(parallel.pipeline - index, micro_batches)
     return Memory(
@@ -111,14 +114,15 @@ def on_stage(config: Config, settings: Stage, bases: Bases, sequence: Workload, 
     )
 
 
-def _layer(config: Config, bases: Bases, slots: int, learns: bool) -> int:
+def layer(config: Config, bases: Bases, slots: int, learns: bool) -> int:
     """Bytes that one layer of the language model keeps for backward, on a rank."""
     sizes, parallel = bases.language, config.parallel
     size = 2 if config.dtype == "bfloat16" else 4
     norms = (2 + 2 * learns) * sizes.hidden_size
     heads = 2 * sizes.num_heads + 2 * sizes.num_kv_heads
     if config.kernels.backend == "torch":
-        heads += (2 + learns) * sizes.num_heads + sizes.num_kv_heads
+        copied = sizes.num_kv_heads > parallel.tensor  # queries of a single group lie side by side as they are
+        heads += (1 + copied + learns) * sizes.num_heads + sizes.num_kv_heads
     attention = heads * sizes.head_dim
     gated = (2 + learns + (config.kernels.backend != "triton")) * sizes.ffn_hidden_size
     across = parallel.tensor if parallel.sequence else 1
@@ -145,15 +149,16 @@ def _images(config: Config, bases: Bases, sequence: Workload, trainable: tuple[s
     size = 2 if config.dtype == "bfloat16" else 4
     if not {"vision", "projector"} & set(trainable):
         return 0
-    tokens = sequence.pictures * (1 + vision.num_image_tokens)
-    inside = config.models.projector.hidden_size
-    fused = tensor == 1 and config.kernels.backend == "triton"
-    elements = vision.hidden_size + (1 if fused else 2) * inside / tensor
+    inside = config.models.projector.hidden_size / tensor
+    of_patch = vision.hidden_size + inside
+    if tensor > 1 or config.kernels.backend != "triton":  # GELU's output, and the rows before they are placed
+        of_patch += inside + bases.language.hidden_size
+    elements = vision.num_image_tokens * of_patch
     if "vision" in trainable:
         # Norms' inputs and outputs; qkv and attention's output; fc1's output, quick GELU's sigmoid and product.
         block = 4 * vision.hidden_size + (4 * vision.hidden_size + 3 * vision.ffn_hidden_size) / tensor
-        elements += vision.num_built_layers(config.models.vision.feature_layer) * block
-    return int(tokens * elements * size)
+        elements += (1 + vision.num_image_tokens) * vision.num_built_layers(config.models.vision.feature_layer) * block
+    return int(sequence.pictures * elements * size)
 
 
 def _loss(config: Config, bases: Bases, sequence: Workload, learns: bool) -> int:

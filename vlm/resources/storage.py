@@ -47,7 +47,8 @@ def base_models(bases: Bases, config: Config) -> dict[str, int]:
     """Weights of the base models, by part, in the type that they are stored in. Of CLIP the vision tower alone; a
     repository may hold its text tower too."""
     language = parameters.of_parts(bases, config)["language"].total * bases.stored_bytes("language")
-    return {"language": language, "vision": parameters.vision(bases, -1).total * bases.stored_bytes("vision")}
+    tower = parameters.vision(bases, -1).total + 2 * bases.vision.hidden_size  # the norm after it, for the export
+    return {"language": language, "vision": tower * bases.stored_bytes("vision")}
 
 
 def combined(bases: Bases, config: Config) -> int:
