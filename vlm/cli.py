@@ -122,7 +122,8 @@ def _add_data(commands: Any) -> None:
 
 def _add_plan(commands: Any) -> None:
     plan = _command(commands, "plan", "vlm.estimate.command:plan", "Memory, time and disk of a run, before it starts.")
-    plan.add_argument("--config", type=Path, required=True, metavar="YAML", help="settings of the run")
+    whole = "settings of the run, and overlays that go over them as --configfile does"
+    plan.add_argument("--config", type=Path, nargs="+", required=True, metavar="YAML", help=whole)
     known = "h100, h200, a100-80 and others, or GiB:TFLOP/s[:GB/s of its link] (default: %(default)s)"
     plan.add_argument("--gpu", default="h100", help=known)
     plan.add_argument("--gpus-per-node", type=int, default=None, help="default: parallel.ranks_per_node")

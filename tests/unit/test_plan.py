@@ -151,6 +151,15 @@ def test_what_does_not_fit_exits_1_and_names_the_smallest_that_does(run):
     assert fewer and all(one.peak_bytes > resources.gpu("a100-40").usable_bytes for one in fewer)
 
 
+def test_overlays_go_over_the_settings(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["plan", "--json", "--config", "config/config.yaml", "config/tiny.yaml"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["run"], found["dtype"], found["layout"]["gpus"]) == ("tiny", "float32", 1)
+    assert found["stages"]["sft"]["epochs"]["sft"]["samples"] == 7920
+    assert cli.main(["plan", "--config", "config/config.yaml", "profiles/slurm/nothing.yaml"]) == 2
+
+
 def test_no_layout_holds_a_run_on_the_smallest_of_gpus(run):
     code, out, _ = run("--gpu", "0.5:100")
     assert code == 1 and "No layout of these GPUs holds the run" in out

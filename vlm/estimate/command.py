@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from vlm import config as settings
 from vlm import resources
@@ -13,7 +17,7 @@ from vlm.estimate.text import text
 
 
 def plan(
-    config: Path,
+    config: Sequence[Path],
     gpu: str = "h100",
     gpus_per_node: int | None = None,
     nodes: int | None = None,
@@ -26,7 +30,7 @@ def plan(
     """Print what a run takes, and the smallest layout that fits.
 
     Args:
-        config: settings of the run.
+        config: settings of the run, whole, and overlays.
         gpu: name of a GPU, or `GiB:TFLOP/s[:GB/s]`.
         gpus_per_node, nodes: where they are not those of the settings, a layout is chosen for them.
         language, vision: Hugging Face folders of the base models, for their sizes.
@@ -40,9 +44,9 @@ def plan(
     Raises:
         ValueError: settings, a GPU or a layout that cannot be; sizes of base models that are nowhere.
     """
-    run = settings.load(config)
+    run = _load(config)
     chosen = resources.gpu(gpu)
-    results = config.parent.parent if config.resolve().parent.name == run.run else Path("results")
+    results = config[0].parent.parent if config[0].resolve().parent.name == run.run else Path("results")
     bases = resources.bases(run, language=language, vision=vision, results=results)
     for name, value in (("--gpus-per-node", gpus_per_node), ("--nodes", nodes)):
         if value is not None and value < 1:
@@ -56,6 +60,23 @@ def plan(
     found = estimate(Question(run, bases, chosen, per_node, results, mfu, metrics)) | {"layout_from": why}
     print(json.dumps(found, indent=2) if as_json else text(found))
     return 0 if found["fits"] else 1
+
+
+def _load(paths: Sequence[Path]) -> settings.Config:
+    merged: Any = {}
+    for path in paths:
+        content = yaml.safe_load(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: expected a mapping of settings, found {type(content).__name__}")
+        merged = _over(merged, content)
+    return settings.validate(merged, where=" with ".join(map(str, paths)))
+
+
+def _over(below: Any, above: Any) -> Any:
+    """Overlay key by key, as Snakemake's `--configfile`."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: _over(below.get(key), value) for key, value in above.items()}
 
 
 def _choose(

@@ -56,12 +56,14 @@ def _head(found: dict[str, Any]) -> str:
 
 def _parameters(found: dict[str, Any]) -> str:
     stages = found["stages"]
-    rows = [["parameters", "all", *stages]]
+    rows = [["parameters", "", *stages]]
     for part, number in found["parameters"].items():
         learns = ["trainable" if part in stage["trainable"] else "frozen" for stage in stages.values()]
         rows.append([part, f"{number:,}", *learns])
     total = sum(found["parameters"].values())
-    rows.append(["trainable", f"{total:,}", *(f"{stage['trainable_parameters']:,}" for stage in stages.values())])
+    rows.append(
+        ["all, and trainable", f"{total:,}", *(f"{stage['trainable_parameters']:,}" for stage in stages.values())]
+    )
     return table(rows)
 
 
@@ -136,8 +138,13 @@ def _number(value: int | None) -> str:
 
 
 def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.1f}" if num_bytes >= GIB / 20 or not num_bytes else f"{num_bytes / GIB:.3f}"
+    return _short(num_bytes / GIB)
 
 
 def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.1f}" if num_bytes >= 5e7 or not num_bytes else f"{num_bytes / 1e9:.4f}"
+    return _short(num_bytes / 1e9)
+
+
+def _short(value: float) -> str:
+    """One decimal, more where it is small."""
+    return f"{value:.1f}" if value >= 1 or not value else f"{value:.2g}"
