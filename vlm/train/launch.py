@@ -42,7 +42,9 @@ def run(command: Sequence[str], parallel: Parallel) -> int:
 
     Raises:
         RuntimeError: there are several nodes, and it is not said which one this is.
+        ValueError: SLURM gave the job fewer nodes or GPUs than the settings promise.
     """
+    _check_allocation(parallel)
     ranks: dict[int, subprocess.Popen[bytes]] = {}
 
     def pass_on(number: int, frame: object) -> None:
@@ -64,13 +66,39 @@ def run(command: Sequence[str], parallel: Parallel) -> int:
             signal.signal(number, handler)
 
 
+def is_first_node() -> bool:
+    """Whether this machine has the first rank, as far as the launcher's variables say."""
+    return (_node() or "0") == "0"
+
+
+def _node() -> str | None:
+    return os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID"))
+
+
+def _check_allocation(parallel: Parallel) -> None:
+    """A step of SLURM may get less than it was submitted for, without a word; ranks would then share a GPU, or wait for
+    others that never come."""
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES", str(parallel.nodes))
+    if int(nodes) != parallel.nodes:
+        raise ValueError(
+            f"parallel.nodes: promises {parallel.nodes} machines, SLURM started this on {nodes}: submit with "
+            f"`--nodes={parallel.nodes}` and start with `srun --ntasks-per-node=1`, or change the key"
+        )
+    gpus = os.environ.get("SLURM_STEP_GPUS")
+    if gpus is not None and len(gpus.split(",")) < parallel.ranks_per_node:
+        raise ValueError(
+            f"parallel.ranks_per_node: promises {parallel.ranks_per_node} processes with a GPU each, SLURM gave this "
+            f"machine {len(gpus.split(','))}: submit with `--gres=gpu:{parallel.ranks_per_node}`, or change the key"
+        )
+
+
 def _environments(parallel: Parallel) -> dict[int, dict[str, str]]:
     """What each rank of this machine finds in its environment, by rank."""
     if parallel.nodes == 1:
         node, address, port = 0, "127.0.0.1", _free_port()
     else:
         found = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
-        number = os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID"))
+        number = _node()
         missing = [name for name, value in {**found, "NODE_RANK": number}.items() if value is None]
         if missing:
             raise RuntimeError(f"parallel.nodes: is {parallel.nodes}, but {', '.join(missing)} is not set on this one")

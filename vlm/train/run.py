@@ -60,7 +60,9 @@ def run(
     claims = out / "lock"
     try:
         if launch.needed(settings.parallel):
-            lock.await_free(claims, wait=wait)  # the first rank takes it, and works on should this process be killed
+            # The first rank takes it, and works on should this process be killed; on another node it may have done so.
+            if launch.is_first_node():
+                lock.await_free(claims, wait=wait)
             if wait and _is_finished(plan):
                 return 0
             options = {"config": config, "stage": stage, "start-from": start_from, "data": data, "out": out}

@@ -13,9 +13,10 @@ try:
 except ValueError as mistakes:
     raise WorkflowError(mistakes) from None
 
-# `vlm` and `snakemake` beside the running interpreter, so that the environment need not be activated. A prefix replaces
-# snakemake's own, without which a pipeline ends as its last command does.
-shell.prefix(f'set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"; ')
+# `vlm` and `snakemake` beside the running interpreter, so that the environment need not be activated, and our scripts. A
+# prefix replaces snakemake's own, without which a pipeline ends as its last command does.
+COMMANDS = f"{Path(sys.executable).parent}:{workflow.basedir}/scripts"
+shell.prefix(f'set -euo pipefail; export PATH={shlex.quote(COMMANDS)}:"$PATH"; ')
 
 RESULTS = f"results/{CONFIG.run}"
 RESOLVED_CONFIG = f"{RESULTS}/config.yaml"
@@ -179,16 +180,6 @@ def task_settings(wildcards):
         else [f"evaluation/{evaluation_of(wildcards)}"]
     )
     return settings_text(*own, "data/image_resize", "seed", "dtype")
-
-
-def launcher():
-    """What starts a training job; `vlm train` starts its ranks itself, as many as the configuration promises."""
-    parallel = CONFIG.parallel
-    if parallel.nodes > 1:
-        raise WorkflowError(
-            f"parallel.nodes: {parallel.nodes} machines are not supported yet, use 1 and raise parallel.ranks_per_node"
-        )
-    return "vlm"
 
 
 def check_names():

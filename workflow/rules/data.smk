@@ -11,6 +11,8 @@ if CONFIG.miniature:
         benchmark:
             "<benchmarks>/data/tiny.tsv"
         priority: ON_THE_WAY
+        resources:
+            **NEEDS["shard"],
         params:
             config=RESOLVED_CONFIG,
             out=subpath(source_folder(CAPTION_SET), parent=True),
@@ -38,6 +40,8 @@ for folder, names in FETCHED.items():
             f"<logs>/fetch/{names[0]}.log",
         benchmark:
             f"<benchmarks>/fetch/{names[0]}.tsv"
+        resources:
+            **NEEDS["fetch"],
         params:
             sources=listed(SOURCES[names[0]].source),
             revision=SOURCES[names[0]].revision,
@@ -70,9 +74,9 @@ for name in CONFIG.data.sets:
         benchmark:
             f"<benchmarks>/data/shard_{name}.tsv"
         priority: ON_THE_WAY
-        threads: 8
+        threads: NEEDS["shard"]["cpus_per_task"]
         resources:
-            cpus_per_task=lambda wildcards, threads: threads,
+            **NEEDS["shard"],
         params:
             config=RESOLVED_CONFIG,
             name=name,
@@ -97,6 +101,8 @@ for name in CONFIG.data.sets:
         benchmark:
             f"<benchmarks>/data/index_{name}.tsv"
         priority: ON_THE_WAY
+        resources:
+            **NEEDS["index"],
         params:
             shards=subpath(output[0], ancestor=2),
         message:

@@ -21,6 +21,8 @@ rule generate:
         "<logs>/generate/{model}_{task}.log",
     benchmark:
         "<benchmarks>/generate/{model}_{task}.tsv"
+    resources:
+        **GENERATION_NEEDS,
     params:
         config=RESOLVED_CONFIG,
         checkpoint=lambda wildcards: model_folder(wildcards.model),
@@ -44,6 +46,8 @@ rule score_captions:
         "<benchmarks>/scores/{model}_{task}.tsv"
     wildcard_constraints:
         task="captions|captions_shuffled",
+    resources:
+        **NEEDS["score"],
     params:
         annotations=CONFIG.evaluation.captions.annotations,
     message:
@@ -63,6 +67,8 @@ rule score_mmmu:
         "<logs>/scores/{model}_mmmu.log",
     benchmark:
         "<benchmarks>/scores/{model}_mmmu.tsv"
+    resources:
+        **NEEDS["score"],
     params:
         split=CONFIG.evaluation.mmmu.split,
         fallback=CONFIG.evaluation.mmmu.fallback,
@@ -88,6 +94,8 @@ if BENCHMARKS:
             "<benchmarks>/scores/{model}_{benchmark}.tsv"
         wildcard_constraints:
             benchmark="|".join(BENCHMARKS),
+        resources:
+            **NEEDS["score"],
         params:
             split=lambda wildcards: BENCHMARKS[wildcards.benchmark].split,
         message:
@@ -107,6 +115,8 @@ rule control:
         "<logs>/controls/{control}.log",
     benchmark:
         "<benchmarks>/controls/{control}.tsv"
+    resources:
+        **NEEDS["score"],
     params:
         config=RESOLVED_CONFIG,
         settings=settings("evaluation/captions", f"data/sets/{CAPTION_SET}", "seed"),
@@ -129,6 +139,8 @@ rule control_reference:
         "<logs>/controls/reference.log",
     benchmark:
         "<benchmarks>/controls/reference.tsv"
+    resources:
+        **NEEDS["score"],
     params:
         config=RESOLVED_CONFIG,
         settings=settings("evaluation/captions", "seed"),
@@ -149,6 +161,8 @@ rule score_control:
         "<logs>/scores/controls_{control}.log",
     benchmark:
         "<benchmarks>/scores/controls_{control}.tsv"
+    resources:
+        **NEEDS["score"],
     params:
         annotations=CONFIG.evaluation.captions.annotations,
     message:
@@ -168,6 +182,8 @@ rule score_control_reference:
         "<logs>/scores/controls_reference.log",
     benchmark:
         "<benchmarks>/scores/controls_reference.tsv"
+    resources:
+        **NEEDS["score"],
     message:
         "Scoring the control reference"
     shell:
@@ -191,6 +207,8 @@ rule table:
         "<logs>/scores/table.log",
     benchmark:
         "<benchmarks>/scores/table.tsv"
+    resources:
+        **NEEDS["score"],
     params:
         config=RESOLVED_CONFIG,
         scores=subpath(output[0], parent=True),

@@ -4,6 +4,8 @@ rule kernel_benches:
         "<logs>/kernels/benches.log",
     benchmark:
         "<benchmarks>/kernels/benches.tsv"
+    resources:
+        **NEEDS["bench"],
     message:
         "Timing the kernels"
     shell:

@@ -13,6 +13,8 @@ for part in PARTS:
             f"<logs>/fetch/{part}.log",
         benchmark:
             f"<benchmarks>/fetch/{part}.tsv"
+        resources:
+            **NEEDS["fetch"],
         params:
             source=getattr(CONFIG.models, part).source,
             revision=getattr(CONFIG.models, part).revision,
@@ -33,6 +35,8 @@ for part in PARTS:
         benchmark:
             f"<benchmarks>/convert/{part}.tsv"
         priority: ON_THE_WAY
+        resources:
+            **conversion_needs(f"convert_{part}"),
         params:
             part=part,
         message:
@@ -52,6 +56,8 @@ rule combine:
     benchmark:
         "<benchmarks>/convert/combined.tsv"
     priority: ON_THE_WAY
+    resources:
+        **conversion_needs("combine"),
     params:
         config=RESOLVED_CONFIG,
         settings=settings(
@@ -81,6 +87,8 @@ rule verify:
     benchmark:
         "<benchmarks>/convert/verified.tsv"
     priority: ON_THE_WAY
+    resources:
+        **conversion_needs("verify"),
     message:
         "Comparing the combined checkpoint with transformers"
     shell:
@@ -103,6 +111,8 @@ rule export:
         "<logs>/export.log",
     benchmark:
         "<benchmarks>/export.tsv"
+    resources:
+        **conversion_needs("export"),
     params:
         config=RESOLVED_CONFIG,
         checkpoint=lambda wildcards: model_folder(LAST_STAGE),
@@ -124,6 +134,8 @@ rule tiny_model:
     wildcard_constraints:
         part="|".join(PARTS),
     threads: 2
+    resources:
+        **NEEDS["bench"],
     params:
         out=lambda wildcards: f"resources/tiny/{wildcards.part}",
     message:

@@ -13,6 +13,8 @@ rule curves:
         "<logs>/report/loss.log",
     benchmark:
         "<benchmarks>/report/loss.tsv"
+    resources:
+        **NEEDS["report"],
     params:
         metrics=expand(f"{RESULTS}/train/{{stage}}/metrics.jsonl", stage=STAGES),
     message:
@@ -35,6 +37,8 @@ rule scores:
         "<logs>/report/scores.log",
     benchmark:
         "<benchmarks>/report/scores.tsv"
+    resources:
+        **NEEDS["report"],
     message:
         "Drawing the scores"
     shell:
@@ -61,6 +65,8 @@ rule gallery:
         "<logs>/report/gallery.log",
     benchmark:
         "<benchmarks>/report/gallery.tsv"
+    resources:
+        **NEEDS["report"],
     params:
         config=RESOLVED_CONFIG,
         sources=lambda wildcards, input: Path(input.sources[0]).parent,

@@ -1,7 +1,6 @@
 # Steps 8 and 10: one rule for every stage of the configuration.
 # Checkpoints and metrics are no outputs, so that a stopped training goes on; docs/failures.md says how it ends and what
-# then. A trainer outlives a snakemake that is killed, so the next one waits for it; a SLURM job does not, since it would
-# hold its GPUs idle. The log is also shown, for its progress bar, by a `tee` that the trainer's signals do not end.
+# then. The log is also shown, for its progress bar, by a `tee` that the trainer's signals do not end.
 # One thread: at the miniature's size a second one saves a tenth of the time, and costs far more where the core is busy;
 # generating and scoring run beside it.
 rule train:
@@ -15,8 +14,11 @@ rule train:
         "<benchmarks>/train/{stage}.tsv"
     priority: 2 * ON_THE_WAY
     threads: 1
+    resources:
+        **TRAINING_NEEDS,
+        mpi=starter,
+        attempt=lambda wildcards, attempt: attempt,
     params:
-        launcher=launcher(),
         config=RESOLVED_CONFIG,
         start_from=lambda wildcards: model_folder(CONFIG.stages[wildcards.stage].start_from),
         data=f"{RESULTS}/data",
@@ -25,7 +27,8 @@ rule train:
     message:
         "Training stage {wildcards.stage}"
     shell:
-        "[ -n \"${{SLURM_JOB_ID:-}}\" ] || wait=--wait; "
-        "{params.launcher} train --config {params.config} --stage {wildcards.stage} "
-        "--start-from {params.start_from} --data {params.data} --out {params.out} ${{wait:-}} 2>&1 "
+        "start_training.sh '{resources.mpi}' {resources.nodes} "
+        "$(({resources.cpus_per_task} * {resources.tasks_per_node})) {resources.gres} {resources.attempt} {params.out} "
+        "vlm train --config {params.config} --stage {wildcards.stage} "
+        "--start-from {params.start_from} --data {params.data} --out {params.out} 2>&1 "
         "| (trap '' INT TERM USR1; exec tee {log})"
