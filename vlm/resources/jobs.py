@@ -96,7 +96,7 @@ def of_conversion(config: Config, step: Step, bases: Bases) -> Resources:
         "export": whole,
     }[step]
     memory = STREAMING_BYTES
-    if step == "verify":  # our model, and theirs beside it, before either is on the GPU
+    if step == "verify":  # their model before it is on the GPU, and as much for what it is read from
         memory += 2 * FP32 * sum(count.total for count in parameters.of_parts(bases, config).values())
     minutes = math.ceil(2 * max(written, whole if step == "verify" else 0) / WRITING_BYTES_PER_SECOND / 60)
     return Resources(
