@@ -151,6 +151,20 @@ def test_what_does_not_fit_exits_1_and_names_the_smallest_that_does(run):
     assert fewer and all(one.peak_bytes > resources.gpu("a100-40").usable_bytes for one in fewer)
 
 
+def test_of_equally_fast_layouts_the_simplest_is_taken():
+    """Sharding the sequence costs no time here, so that it is taken only where its memory is needed."""
+    gpu = resources.gpu("h100")
+    split = [
+        one
+        for one in layouts.candidates(settings(), recipe_bases(), gpu, 8, 8, ["sft"])
+        if (one.config.parallel.tensor, one.config.parallel.pipeline) == (4, 1)
+    ]
+    assert {one.config.parallel.sequence for one in split} == {False, True}
+    best = layouts.best(split, gpu)
+    assert best is not None and best.seconds == min(one.seconds for one in split)
+    assert not best.config.parallel.sequence and not best.config.parallel.recompute
+
+
 def test_overlays_go_over_the_settings(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert cli.main(["plan", "--json", "--config", "config/config.yaml", "config/tiny.yaml"]) == 0
