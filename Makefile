@@ -1,7 +1,7 @@
 # demo: the whole recipe in miniature    test: the tests    check: style, types, layers, generated files
-# chaos: kills a training at random    bench: the kernels
+# chaos: kills a training at random    slurm: disturbs SLURM jobs    bench: the kernels
 # clean: remove the environment, the caches and the miniature's results (no other run's)
-.PHONY: demo test chaos check bench clean
+.PHONY: demo test chaos slurm check bench clean
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -26,10 +26,15 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	pytest -n 2 --dist worksteal tests
+	OMP_NUM_THREADS=1 pytest -m slurm tests/slurm
 
 # Ten kills in each stage, on one rank and on two. VLM_CHAOS_SEED=<seed> repeats an earlier run.
 chaos: $(INSTALLED)
 	OMP_NUM_THREADS=1 pytest -m chaos -s tests/chaos
+
+# Needs root and the packages slurm-wlm and munge, else it is skipped: a cluster of virtual nodes on this machine.
+slurm: $(INSTALLED)
+	OMP_NUM_THREADS=1 pytest -m 'slurm or slurm_long' tests/slurm
 
 check: $(INSTALLED)
 	ruff check

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
@@ -27,13 +26,18 @@ def cluster() -> Iterator[virtual.Cluster]:
         with virtual.Cluster(folder / "cluster", nodes=2, gpus=2) as started:
             yield started
     finally:
-        if "KEEP_SLURM" not in os.environ:
-            shutil.rmtree(folder)
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> training.Made:
     return training.make(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="session")
+def slow(made: training.Made, tmp_path_factory: pytest.TempPathFactory) -> training.Made:
+    """Longer, so that what SLURM notices within half a minute still finds it at work."""
+    return training.train(made.workspace, tmp_path_factory.mktemp("slow") / "local", iterations=240)
 
 
 @pytest.fixture

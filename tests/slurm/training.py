@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -26,7 +26,6 @@ STAGE = {
     "data": {"pretrain": 1.0, "sft": 3.0},
     "sequence_length": 256,
     "global_batch": 4,
-    "iterations": ITERATIONS,
     "save_interval": 4,
     "keep_best": False,
     "log_interval": 2,
@@ -48,14 +47,19 @@ class Made:
 
     workspace: train_workspace.Workspace
     undisturbed: Path
+    iterations: int
 
 
 def make(folder: Path) -> Made:
-    workspace = train_workspace.make(folder / "workspace")
-    run = Run(Made(workspace, folder), folder / "local", None, nodes=1, ranks=4)
+    return train(train_workspace.make(folder / "workspace"), folder / "local", ITERATIONS)
+
+
+def train(workspace: train_workspace.Workspace, folder: Path, iterations: int) -> Made:
+    """On this machine, with as many ranks as the jobs will have."""
+    run = Run(Made(workspace, folder, iterations), folder, None, nodes=1, ranks=4)
     done = run.snakemake("pretrain", profile=f"{ROOT}/profiles/local")
     assert done.returncode == 0, done.stdout
-    return Made(workspace, run.out)
+    return Made(workspace, run.out, iterations)
 
 
 class Run:
@@ -77,25 +81,34 @@ class Run:
         self.environment = {
             name: value for name, value in variables.items() if not name.startswith(("SNAKEMAKE", "PYTEST"))
         } | {"OMP_NUM_THREADS": "1"}
-        results = folder / "results/tiny"
-        for part in ("combined", "verified.json"):
-            _place(made.workspace.combined, results / "convert" / part)
-        for name, data in {"pretrain": "captions", "sft": "dialogues"}.items():
-            _place(made.workspace.data / data, results / "data" / name)
-        self.out = results / "train/pretrain"
+        self.results = folder / "results/tiny"
+        self.out = self.results / "train/pretrain"
+        (self.results / "convert").mkdir(parents=True)
+        (self.results / "convert/combined").symlink_to(made.workspace.combined)
+        (self.results / "convert/verified.json").write_text("{}")
+        self.place_data()
         self.write_overlay(nodes, ranks)
         self.write_profile(**changes)
 
-    def write_overlay(self, nodes: int, ranks: int, **stage: Any) -> None:
+    def place_data(self) -> None:
+        (self.results / "data").mkdir(exist_ok=True)
+        for name, data in {"pretrain": "captions", "sft": "dialogues"}.items():
+            place = self.results / "data" / name
+            if place.is_dir() and not place.is_symlink():
+                shutil.rmtree(place)
+            place.unlink(missing_ok=True)
+            place.symlink_to(self.made.workspace.data / data)
+
+    def write_overlay(self, nodes: int, ranks: int) -> None:
         tree = SMALL | {"parallel": {"nodes": nodes, "ranks_per_node": ranks}}
-        tree["stages"] = {"pretrain": STAGE | stage}
+        tree["stages"] = {"pretrain": STAGE | {"iterations": self.made.iterations}}
         (self.folder / "small.yaml").write_text(yaml.safe_dump(tree))
 
     def write_profile(self, partition: str = PARTITION, train: dict[str, Any] | None = None, **changes: Any) -> None:
         """The product's profile with what a user fills in, and less patience."""
         profile = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
         profile["default-resources"] |= {"slurm_partition": partition} if partition else {}
-        profile["set-resources"] = {"train": train or {}}
+        profile |= {"set-resources": {"train": train}} if train else {}
         profile |= {"slurm-init-seconds-before-status-checks": 2, "latency-wait": 10} | changes
         place = self.folder / "cluster/config.yaml"
         place.parent.mkdir(exist_ok=True)
@@ -135,22 +148,41 @@ class Run:
     def await_checkpoint(self, above: int = 0) -> int:
         wait_until(lambda: self.iteration() > above, self.log)
         found = self.iteration()
-        assert found < ITERATIONS, "it was faster than the test"
+        assert found < self.made.iterations, "it was faster than the test"
         return found
 
+    def jobs(self) -> list[dict[str, str]]:
+        """Those that were submitted from this folder, oldest first."""
+        return [job for job in self.cluster.jobs() if job["WorkDir"] == str(self.folder)] if self.cluster else []
+
     def training_job(self) -> dict[str, str]:
-        """The one that was submitted last from this folder."""
-        assert self.cluster is not None
-        return [job for job in self.cluster.jobs() if job["WorkDir"] == str(self.folder)][-1]
+        return self.jobs()[-1]
+
+    def await_next_job(self, before: str) -> None:
+        wait_until(
+            lambda: self.training_job()["JobId"] != before and self.training_job()["JobState"] == "RUNNING", self.log
+        )
+
+    def training_command(self) -> list[str]:
+        """As a job calls it, for a step that is started by hand. The resolved settings are there after a first run."""
+        options = {"config": "config.yaml", "start-from": "convert/combined", "data": "data", "out": "train/pretrain"}
+        vlm = [sys.executable, "-m", "vlm.cli", "train", "--stage=pretrain"]
+        return vlm + [f"--{name}={self.results / place}" for name, place in options.items()]
+
+    def call(self, *command: str) -> str:
+        """What a command says."""
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=SECONDS
+        )
+        return done.stdout + done.stderr
 
     def assert_undisturbed(self) -> None:
-        assert_same(self.out, self.made.undisturbed, ITERATIONS)
+        assert_same(self.out, self.made.undisturbed, self.made.iterations)
 
     def end(self) -> None:
-        if self.cluster:
-            for job in self.cluster.jobs():
-                if job["WorkDir"] == str(self.folder):
-                    self.cluster.run("scancel", job["JobId"])
+        for job in self.jobs():
+            if self.cluster and job["JobState"] in ("PENDING", "RUNNING"):
+                self.cluster.run("scancel", job["JobId"])
         for process in psutil.Process().children(recursive=True):
             if process.name().startswith("snakemake") or str(self.folder) in " ".join(process.cmdline()):
                 process.kill()
@@ -161,11 +193,3 @@ def wait_until(happened: Callable[[], bool], explain: Callable[[], str] = str, s
     while not happened():
         assert time.monotonic() < end, f"it did not happen\n{explain()}"
         time.sleep(0.1)
-
-
-def _place(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.suffix:
-        target.write_text(json.dumps({}))
-    else:
-        target.symlink_to(source)

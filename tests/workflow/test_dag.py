@@ -90,7 +90,6 @@ def test_the_last_stage_is_the_one_that_no_other_starts_from(snakemake: Snakemak
             ["'captions' and 'ocrbench'", "coco"],
             id="two-revisions-in-one-folder",
         ),
-        pytest.param("parallel={nodes: 2}", ["parallel.nodes"], id="several-machines"),
         pytest.param("stages={sft: {data: {sft: -1}}}", ["stages.sft.data.sft"], id="negative-weight"),
         pytest.param(f"stages={{export: {STAGE % 'sft'}}}", ["stages.export", "taken"], id="stage-named-as-a-rule"),
     ],
@@ -103,6 +102,15 @@ def test_mistakes_stop_the_run_before_the_first_job(snakemake: Snakemake, change
     for word in words:
         assert word in refused.stdout
     assert "Job " not in refused.stdout
+
+
+def test_several_machines_are_for_slurm(snakemake: Snakemake) -> None:
+    """Refused where training is planned, and before anything is done; what needs no training runs."""
+    change = ("--config", "parallel={nodes: 2}")
+    refused = snakemake("pretrain", *change)
+    assert refused.returncode != 0 and "parallel.nodes: 2 machines are for a run on SLURM" in refused.stdout
+    assert not jobs(refused.stdout)
+    assert snakemake("results/tiny/convert/verified.json", *change).returncode == 0
 
 
 def test_a_projector_that_transformers_lacks_is_not_exported(snakemake: Snakemake) -> None:

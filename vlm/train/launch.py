@@ -52,12 +52,15 @@ def run(command: Sequence[str], parallel: Parallel) -> int:
             process.send_signal(number)
 
     old = {number: signal.signal(number, pass_on) for number in stop.SIGNALS}
+    # Inherited: a request that finds a rank still importing waits until `Stop` hears it, instead of ending the process.
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop.SIGNALS)
     try:
         for rank, environment in _environments(parallel).items():
             # In a session of its own, so that a terminal asks the launcher alone.
             ranks[rank] = subprocess.Popen(
                 command, env=os.environ | environment, stdin=subprocess.DEVNULL, start_new_session=True
             )
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop.SIGNALS)
         return _wait(ranks)
     finally:
         for process in ranks.values():

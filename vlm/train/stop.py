@@ -78,6 +78,7 @@ class Stop:
         self._old = {number: signal.signal(number, _heard) for number in SIGNALS}
         self._old_descriptor = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the launcher starts its ranks with them blocked
         return self
 
     def __exit__(

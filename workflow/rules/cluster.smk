@@ -99,6 +99,12 @@ def starter(wildcards):
     return "srun" if inside or submits() else ""
 
 
+def contained(wildcards):
+    """What runs a training's launchers in the container."""
+    arguments = workflow.deployment_settings.apptainer_args
+    return f'apptainer exec --bind "$PWD" --pwd "$PWD" {arguments} {IMAGE}' if CONTAINED else ""
+
+
 def submits():
     """Whether this process submits jobs to SLURM. The jobs read the workflow too."""
     return workflow.executor_plugin is not None and workflow.executor_plugin.name == "slurm"

@@ -13,9 +13,11 @@ try:
 except ValueError as mistakes:
     raise WorkflowError(mistakes) from None
 
-# `vlm` and `snakemake` beside the running interpreter, so that the environment need not be activated, and our scripts. A
-# prefix replaces snakemake's own, without which a pipeline ends as its last command does.
-COMMANDS = f"{Path(sys.executable).parent}:{workflow.basedir}/scripts"
+IMAGE = "vlm.sif"
+CONTAINED = any(str(method) == "apptainer" for method in workflow.deployment_settings.deployment_method)
+# `vlm` and `snakemake` beside the running interpreter, so that the environment need not be activated, and our scripts. In
+# a container its own are meant. A prefix replaces snakemake's, without which a pipeline ends as its last command does.
+COMMANDS = ":".join([*([] if CONTAINED else [str(Path(sys.executable).parent)]), f"{workflow.basedir}/scripts"])
 shell.prefix(f'set -euo pipefail; export PATH={shlex.quote(COMMANDS)}:"$PATH"; ')
 
 RESULTS = f"results/{CONFIG.run}"

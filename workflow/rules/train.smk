@@ -13,10 +13,14 @@ rule train:
     benchmark:
         "<benchmarks>/train/{stage}.tsv"
     priority: 2 * ON_THE_WAY
+    container:
+        # The job is outside, where `srun` is, and puts its launchers inside.
+        None if CONTAINED else IMAGE
     threads: 1
     resources:
         **TRAINING_NEEDS,
         mpi=starter,
+        contained=contained,
         attempt=lambda wildcards, attempt: attempt,
     params:
         config=RESOLVED_CONFIG,
@@ -29,6 +33,6 @@ rule train:
     shell:
         "start_training.sh '{resources.mpi}' {resources.nodes} "
         "$(({resources.cpus_per_task} * {resources.tasks_per_node})) {resources.gres} {resources.attempt} {params.out} "
-        "vlm train --config {params.config} --stage {wildcards.stage} "
+        "{resources.contained} vlm train --config {params.config} --stage {wildcards.stage} "
         "--start-from {params.start_from} --data {params.data} --out {params.out} 2>&1 "
         "| (trap '' INT TERM USR1; exec tee {log})"
