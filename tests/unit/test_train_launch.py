@@ -66,6 +66,22 @@ def test_a_machine_that_does_not_know_its_number_is_refused(monkeypatch):
         launch.run(by_rank("pass"), parallel(nodes=2))
 
 
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        pytest.param({"SLURM_STEP_NUM_NODES": "1"}, "promises 2 machines, SLURM started this on 1", id="fewer-nodes"),
+        pytest.param(
+            {"SLURM_STEP_GPUS": "3"}, "SLURM gave this machine 1: submit with `--gres=gpu:2`", id="fewer-gpus"
+        ),
+    ],
+)
+def test_an_allocation_that_is_too_small_is_refused(monkeypatch, step, words):
+    for name, value in {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_GPUS": "0,1", **step}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        launch.run(by_rank("pass"), parallel(nodes=2))
+
+
 def test_started_ranks_start_no_others(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert launch.needed(parallel()) and not launch.needed(parallel(ranks_per_node=1))
@@ -75,12 +91,15 @@ def test_started_ranks_start_no_others(monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
 def test_requests_are_passed_on(tmp_path: Path, number: signal.Signals) -> None:
-    """To ranks in sessions of their own, which a terminal or SLURM would not reach."""
+    """To ranks in sessions of their own, which no terminal would reach, and which may still be importing."""
     rank = (
-        "import os, pathlib, signal, sys, time\n"
-        f"signal.signal({int(number)}, lambda *_: sys.exit(75))\n"
+        "import os, pathlib, sys, time\n"
         f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).touch()\n"
-        "time.sleep(60)"
+        "time.sleep(1)\n"
+        "from vlm.train.stop import Stop\n"
+        "with Stop() as stop:\n"
+        "    while not stop.code: time.sleep(0.05)\n"
+        "sys.exit(75)"
     )
     start = (
         "import sys\nfrom vlm.config import Parallel\nfrom vlm.train import launch\n"
