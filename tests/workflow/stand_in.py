@@ -56,7 +56,9 @@ def main() -> None:
             for name in ("LLaVA-Pretrain", "LLaVA-Instruct-150K", "coco", "MMMU"):
                 make_folder(out / name)
         case "shard":
-            make(out / "shards.json")
+            make(
+                out / "shards.json", b'{"train": 100, "validation": 1}\n'
+            )  # what the resources of a training come from
         case "index":
             make(arguments["directory"] / ".nv-meta/dataset.yaml")
         case "train":

@@ -18,6 +18,8 @@ from PIL import Image
 from pyarrow import parquet
 from workspace import STAND_IN, environment, lay_out
 
+from vlm.resources.bases import KNOWN
+
 RUN = "results/small"
 INDEXES = [f"{RUN}/data/{name}/.nv-meta/dataset.yaml" for name in ("pretrain", "sft")]
 PER_SET = 4
@@ -75,7 +77,13 @@ def world(pictures: dict[str, bytes]) -> World:
     packed = zipped({name: data for name, data in pictures.items() if name.startswith("00")})
     weights = {f"model-0000{number}-of-00002.safetensors": bytes(1000 + number) for number in (1, 2)}
     index = json.dumps({"metadata": {}, "weight_map": dict(zip("ab", weights, strict=True))}).encode()
-    language = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors.index.json": index, **weights}
+    configs = {name: json.dumps(config).encode() for name, config in KNOWN.items()}
+    language = {
+        "config.json": configs["mistralai/Mistral-7B-Instruct-v0.3"],
+        "tokenizer.json": b"{}",
+        "model.safetensors.index.json": index,
+        **weights,
+    }
     art = {f"Art/{split}-00000-of-00001.parquet": questions(split) for split in ("validation", "test")}
     annotations = json.dumps(
         {"images": [{"id": 7}], "annotations": [{"id": 1, "image_id": 7, "caption": "a"}]}
@@ -83,7 +91,7 @@ def world(pictures: dict[str, bytes]) -> World:
     hub = {
         "mistralai/Mistral-7B-Instruct-v0.3": language | {"consolidated.safetensors": bytes(3000)},
         "openai/clip-vit-large-patch14-336": {
-            "config.json": b"{}",
+            "config.json": configs["openai/clip-vit-large-patch14-336"],
             "model.safetensors": bytes(500),
             "tf_model.h5": b"x",
         },
