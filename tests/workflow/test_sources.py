@@ -55,7 +55,14 @@ def sample(name: str, image: str | None) -> dict[str, Any]:
 
 def questions(split: str) -> bytes:
     stream = io.BytesIO()
-    parquet.write_table(pyarrow.table({"id": [f"{split}_Art_1"], "question": ["?"], "answer": ["A"]}), stream)
+    columns = {
+        "id": [f"{split}_Art_1", f"{split}_Art_2"],
+        "question": ["Which?", "How many?"],
+        "options": ["['red', 'blue']", "[]"],
+        "answer": ["B", "7"],
+        "question_type": ["multiple-choice", "open"],
+    }
+    parquet.write_table(pyarrow.table(columns), stream)
     return stream.getvalue()
 
 
@@ -166,7 +173,7 @@ def packed_samples(folder: Path) -> dict[str, tuple[dict[str, Any], bytes | None
     return {record["id"]: (record, members.get(f"{key}.jpg")) for key, record in texts.items()}
 
 
-def test_everything_is_fetched_once_and_becomes_indexed_shards(
+def test_everything_is_fetched_once_and_becomes_indexed_shards_and_scores(
     folder: Path, world: World, pictures: dict[str, bytes]
 ) -> None:
     with serve(world) as address:
@@ -199,6 +206,28 @@ def test_everything_is_fetched_once_and_becomes_indexed_shards(
         again = run(folder, address, "sources", "--forcerun", "fetch_sft_data", "fetch_captions_data", "fetch_language")
         assert again.returncode == 0, again.stdout
         assert not [one for one in world.requests if one.startswith("GET") and "/api/" not in one], "fetched again"
+
+        # What a model would answer; scored by the rules, against what was fetched.
+        captions = [{"image_id": 7, "response": "a"}]
+        choices = {
+            "question_type": "multiple-choice",
+            "all_choices": ["A", "B"],
+            "index2ans": {"A": "red", "B": "blue"},
+        }
+        answers = [
+            {"id": "validation_Art_1", **choices, "response": "(B) blue"},
+            {"id": "validation_Art_2", "question_type": "open", "response": "8"},
+        ]
+        for task, records in (("captions", captions), ("mmmu", answers)):
+            path = folder / RUN / f"generate/combined/{task}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        scores = [f"{RUN}/scores/combined/{task}.json" for task in ("captions", "mmmu")]
+        scored = run(folder, address, *scores, "--allowed-rules", "score_captions", "score_mmmu", "--show-failed-logs")
+        assert scored.returncode == 0, scored.stdout
+        captions_score, mmmu_score = (json.loads((folder / path).read_text()) for path in scores)
+        assert captions_score["num_images"] == 1 and captions_score["metrics"]["Bleu_1"] == pytest.approx(1.0)
+        assert mmmu_score["accuracy"] == 0.5 and mmmu_score["per_subject"]["Art"] == 0.5
 
 
 def test_pictures_that_are_not_there_are_told_before_anything_is_fetched(folder: Path, world: World) -> None:
