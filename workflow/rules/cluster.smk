@@ -23,6 +23,8 @@ NEEDS = {
     "bench": {"cpus_per_task": 8, "mem_mb": 64000, "runtime": 24 * 60, "gres": "gpu:1"},
 }
 """Steps whose needs do not depend on the models."""
+SHOWN_NEEDS = ("nodes", "gres", "tasks_per_node", "cpus_per_task", "mem_mb", "disk_mb", "runtime")
+"""What a dry run shows of a job."""
 
 
 @cache
