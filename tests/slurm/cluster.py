@@ -110,6 +110,9 @@ class Cluster:
     def __enter__(self) -> Cluster:
         if reason := missing():
             raise RuntimeError(reason)
+        # Ends the cluster when this process has ended, however it did: the pipe is closed then.
+        guard = [sys.executable, __file__, "--guard", str(self.folder)]
+        self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True)
         try:
             self._configure()
             self._start()
@@ -194,14 +197,9 @@ class Cluster:
         return sorted((job for job in fields if "JobId" in job), key=lambda job: int(job["JobId"]))
 
     def stop(self) -> None:
-        """End all that carries the mark, jobs and strays of lost nodes included."""
-        for attempt in range(10):
-            left = [one for one in _marked(self.folder) if one.pid != os.getpid()]
-            if not left:
-                break
-            _end(left, signal.SIGTERM if attempt == 0 else signal.SIGKILL)
-        if DEFAULT_CONFIG.is_symlink() and DEFAULT_CONFIG.readlink() == self.folder / "slurm.conf":
-            DEFAULT_CONFIG.unlink()
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+        self._guard.wait(60)
 
     def _await(self, happened: Any) -> None:
         end = time.monotonic() + _START_SECONDS
@@ -210,6 +208,17 @@ class Cluster:
                 logs = [path.read_text()[-2000:] for path in self.folder.glob("slurm*.log")]
                 raise RuntimeError("the cluster does not start:\n" + "\n".join(logs))
             time.sleep(0.1)
+
+
+def end_all(folder: Path) -> None:
+    """End all that carries a cluster's mark, jobs and strays of lost nodes included."""
+    for attempt in range(10):
+        left = [one for one in _marked(folder) if one.pid != os.getpid()]
+        if not left:
+            break
+        _end(left, signal.SIGTERM if attempt == 0 else signal.SIGKILL)
+    if DEFAULT_CONFIG.is_symlink() and DEFAULT_CONFIG.readlink() == folder / "slurm.conf":
+        DEFAULT_CONFIG.unlink()
 
 
 def _free_ports(number: int) -> list[int]:
@@ -243,6 +252,10 @@ def _end(processes: list[psutil.Process], number: int = signal.SIGTERM) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--guard":
+        sys.stdin.read()
+        end_all(Path(sys.argv[2]))
+        sys.exit()
     with Cluster(Path(sys.argv[1]), default=True) as cluster:
         print(json.dumps({"folder": str(cluster.folder), "nodes": cluster.nodes}), file=sys.stderr)
         sys.exit(subprocess.run(sys.argv[2:], env=cluster.environment).returncode)

@@ -85,7 +85,7 @@ def test_snakemake_is_killed(run: Run, cluster: Cluster) -> None:
     assert job["JobState"] == "RUNNING"
     refused = run.snakemake("pretrain")
     assert refused.returncode != 0 and f"still there: {job['JobId']}." in refused.stdout
-    step = ["srun", "-p", "main", "--nodes=2", "--ntasks-per-node=1", "--wait=5", *run.training_command()]
+    step = ["srun", "-p", "main", "--nodes=2", "--ntasks-per-node=1", "--wait=5", "--mem=500", *run.training_command()]
     rendezvous = ["env", "MASTER_ADDR=127.0.0.1", "MASTER_PORT=20001"]
     assert "belongs to another training" in run.call(*rendezvous, *step)
     wait_until(lambda: run.training_job()["JobState"] != "RUNNING", run.log)
