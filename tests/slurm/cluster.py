@@ -233,7 +233,8 @@ def _marked(folder: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARK) == str(folder):
+            variables = process.environ()  # slurmstepd has nothing else in it
+            if variables.get(MARK) == str(folder) or variables.get("SLURM_CONF") == f"{folder}/slurm.conf":
                 found.append(process)
     return found
 
