@@ -88,7 +88,8 @@ def test_snakemake_is_killed(run: Run, cluster: Cluster) -> None:
     step = ["srun", "-p", "main", "--nodes=2", "--ntasks-per-node=1", "--wait=5", "--mem=500", *run.training_command()]
     rendezvous = ["env", "MASTER_ADDR=127.0.0.1", "MASTER_PORT=20001"]
     assert "belongs to another training" in run.call(*rendezvous, *step)
-    wait_until(lambda: run.training_job()["JobState"] != "RUNNING", run.log)
+    # Until its last processes are gone, the job counts as still there.
+    wait_until(lambda: run.training_job()["JobState"] not in ("RUNNING", "COMPLETING"), run.log)
     rerun(run)
 
 
