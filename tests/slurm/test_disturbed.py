@@ -89,7 +89,7 @@ def test_snakemake_is_killed(run: Run, cluster: Cluster) -> None:
     rendezvous = ["env", "MASTER_ADDR=127.0.0.1", "MASTER_PORT=20001"]
     assert "belongs to another training" in run.call(*rendezvous, *step)
     # Until its last processes are gone, the job counts as still there.
-    wait_until(lambda: run.training_job()["JobState"] not in ("RUNNING", "COMPLETING"), run.log)
+    wait_until(lambda: run.jobs()[0]["JobState"] not in ("RUNNING", "COMPLETING"), run.log)
     rerun(run)
 
 
