@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 from megatron import energon
 
@@ -38,30 +38,6 @@ _COUNTS = ("num_sequences", "num_samples", "num_tokens")
 _Dirs = Mapping[str, Path]
 
 
-@overload
-def build(
-    config: Config,
-    stage: str,
-    data_dirs: _Dirs,
-    language_dir: Path,
-    vision_dir: Path,
-    rank: int = 0,
-    world: int = 1,
-    *,
-    split: Literal["train"] = "train",
-) -> Loader: ...
-@overload
-def build(
-    config: Config,
-    stage: str,
-    data_dirs: _Dirs,
-    language_dir: Path,
-    vision_dir: Path,
-    rank: int = 0,
-    world: int = 1,
-    *,
-    split: Literal["val"],
-) -> Validation: ...
 def build(
     config: Config,
     stage: str,
