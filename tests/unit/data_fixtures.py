@@ -95,6 +95,22 @@ def write_source(
     return records
 
 
+def write_loader_folder(root: Path, num_captions: int, num_dialogues: int) -> Path:
+    """`data/{captions,dialogues}` sharded and indexed, `language` with a tokenizer, `vision` with its config."""
+    from vlm.data.index import index
+    from vlm.data.shard import shard
+
+    config = write_config(root / "config.yaml")
+    write_source(root / "captions", num_captions, seed=1)
+    write_source(root / "dialogues", num_dialogues, seed=2, text_only_share=0.3)
+    for name in SETS:
+        shard(config, name, root / name, root / "data" / name)
+        index(root / "data" / name)
+    write_tokenizer(root / "language")
+    write_vision(root / "vision")
+    return root
+
+
 def write_picture(path: Path, index: int) -> None:
     pixels = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     for bit in range(16):

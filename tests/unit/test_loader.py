@@ -28,17 +28,7 @@ SEQUENCE = 512
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`data/{captions,dialogues}` indexed, `language` with a tokenizer, `vision` with its config."""
-    root = tmp_path_factory.mktemp("loader")
-    config = fixtures.write_config(root / "config.yaml")
-    fixtures.write_source(root / "captions", NUM_CAPTIONS, seed=1)
-    fixtures.write_source(root / "dialogues", NUM_DIALOGUES, seed=2, text_only_share=0.3)
-    for name in fixtures.SETS:
-        shard(config, name, root / name, root / "data" / name)
-        index(root / "data" / name)
-    fixtures.write_tokenizer(root / "language")
-    fixtures.write_vision(root / "vision")
-    return root
+    return fixtures.write_loader_folder(tmp_path_factory.mktemp("loader"), NUM_CAPTIONS, NUM_DIALOGUES)
 
 
 Open = Callable[..., Loader]

@@ -16,7 +16,6 @@ import torch
 from vlm import config as settings
 from vlm.batch import PackedBatch
 from vlm.data.index import index
-from vlm.data.shard import shard
 from vlm.loader import Validation, build
 from vlm.loader.packing import best_fit
 from vlm.prompt import Prompter
@@ -27,17 +26,7 @@ SAMPLES = {"captions": 12, "dialogues": 32}  # a tenth of each source
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`data/{captions,dialogues}` indexed, `language` with a tokenizer, `vision` with its config."""
-    root = tmp_path_factory.mktemp("validation")
-    config = fixtures.write_config(root / "config.yaml")
-    fixtures.write_source(root / "captions", 120, seed=1)
-    fixtures.write_source(root / "dialogues", 320, seed=2, text_only_share=0.3)
-    for name in fixtures.SETS:
-        shard(config, name, root / name, root / "data" / name)
-        index(root / "data" / name)
-    fixtures.write_tokenizer(root / "language")
-    fixtures.write_vision(root / "vision")
-    return root
+    return fixtures.write_loader_folder(tmp_path_factory.mktemp("validation"), 120, 320)
 
 
 Open = Callable[..., Validation]
