@@ -25,7 +25,7 @@ def write_text(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     beside.replace(path)
-    _sync_one(path.parent)
+    sync_one(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -118,11 +118,12 @@ def sync(path: Path) -> None:
     """Flush a folder, all below it, and the entry in the folder above to disk."""
     for folder, _, names in os.walk(path):
         for name in [*names, "."]:
-            _sync_one(Path(folder) / name)
-    _sync_one(path.parent)
+            sync_one(Path(folder) / name)
+    sync_one(path.parent)
 
 
-def _sync_one(path: Path) -> None:
+def sync_one(path: Path) -> None:
+    """Flush one file, or the entries of one folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -148,7 +149,7 @@ def put_in_place(folder: Path, out: Path) -> None:
     if out.exists():
         out.rename(old)
     folder.rename(out)
-    _sync_one(out.parent)
+    sync_one(out.parent)
     if old.exists():
         shutil.rmtree(old)
 

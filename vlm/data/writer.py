@@ -178,17 +178,9 @@ class Writer:
                     told, told_at, news = number, time.monotonic(), {}
         num_samples = len(job.samples) - len(rejected)
         if num_samples:
-            _sync(half)
+            files.sync_one(half)
             half.replace(path)
         else:
             half.unlink()
         files.write_json(self._folder / f".{job.name}.json", {"num_samples": num_samples, "rejected": rejected})
         pipe.send((len(job.samples) - told, news))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
