@@ -6,9 +6,11 @@ Standard library only, so that a command that needs neither torch nor a GPU can 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -112,6 +114,18 @@ def flushing(stream: IO[bytes]) -> Iterator[None]:
         raise failures[0]
     stream.flush()
     os.fsync(stream.fileno())
+
+
+def lock(descriptor: int, waiting: str) -> None:
+    """Lock an open file or folder of this machine for this process, waiting for another one; says so with `waiting`.
+
+    The lock goes with the last process that holds the descriptor.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(waiting, file=sys.stderr, flush=True)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def sync(path: Path) -> None:

@@ -6,7 +6,6 @@ shard has a hidden JSON file beside it that says what is in it.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import multiprocessing
@@ -14,7 +13,6 @@ import multiprocessing.connection
 import os
 import shutil
 import signal
-import sys
 import tarfile
 import time
 import traceback
@@ -56,11 +54,7 @@ def open_folder(out: Path, fingerprint: str) -> Iterator[Path]:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{out}: waiting for another process that writes it", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        files.lock(lock, f"{out}: waiting for another process that writes it")
         if folder.is_dir() and os.fstat(lock).st_ino == folder.stat().st_ino:
             break
         os.close(lock)  # the other process has given the folder its name meanwhile

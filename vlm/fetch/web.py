@@ -6,14 +6,12 @@ the way is called `.part`. Proxies are those of HTTP_PROXY and HTTPS_PROXY.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import http.client
 import json
 import os
 import re
 import shutil
-import sys
 import urllib.error
 import urllib.request
 import zipfile
@@ -86,11 +84,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """One process at a time; the lock goes with its holder."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{folder}: waiting for another process that downloads it", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        files.lock(lock.fileno(), f"{folder}: waiting for another process that downloads it")
         yield
 
 
