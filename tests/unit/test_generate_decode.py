@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vlm import parallel
-from vlm.generate.decode import Prompt, greedy
+from vlm.generate.decode import Decoder, Prompt
 
 SHAPES = [(17, 1), (5, 0), (30, 2), (17, 0), (15, 1)]
 NEW_TOKENS = 8
@@ -46,7 +46,7 @@ def prompts() -> list[Prompt]:
 
 
 def decode(model: Any, prompts: list[Prompt], end: int = NO_END, new: int = NEW_TOKENS) -> list[list[int]]:
-    return greedy(model, prompts, image_token_id=fixtures.IMAGE_TOKEN, end=end, max_new_tokens=new)
+    return Decoder(model, image_token_id=fixtures.IMAGE_TOKEN, end=end)(prompts, new)
 
 
 @pytest.fixture(scope="module")

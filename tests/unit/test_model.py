@@ -9,7 +9,6 @@ import torch
 import vlm_kernels
 from vlm import parallel
 from vlm.model import build
-from vlm.model.language import hidden_keys
 from vlm.model.sizes import language_sizes, vision_sizes
 from vlm.model.specs import provider
 
@@ -118,15 +117,6 @@ def test_head_runs_at_trained_positions_only(model):
     assert seen == [(len(batch.trained_positions), LANGUAGE["hidden_size"])]
     assert losses.dtype == torch.float32
     assert losses.shape == batch.trained_positions.shape
-
-
-def test_padded_queries_see_themselves():
-    """A row that sees nothing is NaN in plain softmax, and as a key it would spread."""
-    mask = torch.tensor([[False, False, True, True], [True, True, True, True]])
-    visible = ~hidden_keys(4, mask)
-    assert visible[0, 0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    assert torch.equal(visible[1, 0], torch.ones(4, 4).tril().bool())
-    assert (~hidden_keys(1, mask))[:, 0, 0].tolist() == mask.tolist()
 
 
 def test_unknown_part_is_refused_by_name(model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -13,7 +14,7 @@ import numpy as np
 from vlm import checkpoint, images, parallel, weights
 from vlm.checkpoint import Manifest
 from vlm.config import Config, Kernels
-from vlm.generate.decode import Prompt, greedy
+from vlm.generate.decode import Decoder, Prompt
 from vlm.prompt import Prompter
 
 if TYPE_CHECKING:
@@ -45,15 +46,13 @@ class Speaker:
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
         """Greedy answers as text, without the blank that begins and the token that ends them."""
-        tokenizer = self.prompter.tokenizer
-        answers = greedy(
-            self.model,
-            prompts,
-            image_token_id=self.prompter.image_token_id,
-            end=tokenizer.eos_token_id,
-            max_new_tokens=max_new_tokens,
-        )
-        return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
+        answers = self._decoder(prompts, max_new_tokens)
+        return [self.prompter.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        end = self.prompter.tokenizer.eos_token_id
+        return Decoder(self.model, image_token_id=self.prompter.image_token_id, end=end)
 
     def _pixels(self, picture: bytes | Path, name: str) -> np.ndarray:
         decoded = images.load(picture, name=name if isinstance(picture, bytes) else None)

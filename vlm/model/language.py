@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
@@ -16,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
+from vlm.model.cache import KeyValueCache, Tokens
 from vlm.model.layers import rotary_table
 from vlm.model.sizes import LanguageSizes
 from vlm.model.specs import TorchSpecs
@@ -60,8 +60,7 @@ class LanguageModel(GPTModel):
         positions_BS: Tensor,
         *,
         packed: PackedSeqParams | None = None,
-        hidden_mask: Tensor | None = None,
-        inference_context: Any = None,
+        cached: Tokens | None = None,
     ) -> Tensor:
         """Run the layers.
 
@@ -69,8 +68,7 @@ class LanguageModel(GPTModel):
             embeddings_SBD: None on a pipeline stage that receives its input.
             positions_BS: int64, for rotation only; attention follows the order of the sequence.
             packed: borders of the samples where B = 1 sequence holds many.
-            hidden_mask: bool [B, 1, S, S'], True where query S must not see key S'; without it attention is causal.
-            inference_context: key/value cache, read and appended to.
+            cached: in generation, where these tokens belong in a cache; see `cache`.
 
         Returns:
             [S, B, D], normed on the last pipeline stage; sharded along S under sequence parallelism.
@@ -83,8 +81,8 @@ class LanguageModel(GPTModel):
         )
         return self.decoder(
             hidden_states=embeddings_SBD,
-            attention_mask=hidden_mask,
-            inference_context=inference_context,
+            attention_mask=None,
+            inference_context=cached,
             rotary_pos_emb=table,
             packed_seq_params=packed,
         )
@@ -112,6 +110,13 @@ class LanguageModel(GPTModel):
             parts = gather_from_tensor_model_parallel_region(parts)
         return parts.float()
 
+    def cache(self, num_samples: int, num_slots: int) -> KeyValueCache:
+        """Memory for the keys and values of `num_samples` samples of at most `num_slots` tokens each."""
+        config = self.config
+        groups = config.num_query_groups // config.tensor_model_parallel_size
+        heads = (groups, config.kv_channels)
+        return KeyValueCache(config.num_layers, num_samples, num_slots, heads, config.params_dtype)
+
     def _head(self) -> Tensor:
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
@@ -138,19 +143,3 @@ def packed_sequence(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
     )
-
-
-def hidden_keys(num_queries: int, key_mask_BK: Tensor) -> Tensor:
-    """Which keys each query must not see, bool [B, 1, S, S'], the queries being the last S of the S' keys.
-
-    Args:
-        num_queries: S.
-        key_mask_BK: bool [B, S'], True where the key is a real token.
-
-    A query always sees itself: a padded row that saw nothing would become NaN and, as a key, spread.
-    """
-    num_keys = key_mask_BK.shape[1]
-    keys = torch.arange(num_keys, device=key_mask_BK.device)
-    queries = keys[num_keys - num_queries :, None]
-    visible = (keys < queries) & key_mask_BK[:, None, None, :] | (keys == queries)
-    return ~visible

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import functional
 
+from vlm.model.cache import Tokens
 from vlm.model.sizes import RopeScaling
 from vlm_kernels import reference
 
@@ -65,33 +66,26 @@ class CoreAttention(torch.nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
         *,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        key_ranges: Tensor | None = None,
     ) -> Tensor:
         """Attend, with the query's heads by group: [S, B, G, H / G, K], or packed [T, G, H / G, K].
 
         So they lie in the fused projection, where a kernel can read them in place. Returns [S, B, H * K] or [T, H * K].
 
-        `attention_mask` is bool, True where a key is hidden, as in megatron-core; it replaces the mask type. It serves
-        decoding, where queries and keys differ in number and prompts are padded.
+        `key_ranges`, int32 [B, 2], serves decoding: queries of sample b see that range of its keys, whatever the mask
+        type.
         """
-        if attention_mask is not None:
-            q, k, v = (x.permute(1, 2, 0, 3) for x in (query.flatten(-3, -2), key, value))
-            out = functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=~attention_mask, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
-            return out.permute(2, 0, 1, 3).flatten(2)
         out = type(self).attention(
             query,
             key,
             value,
-            causal=(attn_mask_type or self.attn_mask_type) == AttnMaskType.causal,
+            causal=key_ranges is None and self.attn_mask_type == AttnMaskType.causal,
             cu_seqlens=packed_seq_params.cu_seqlens_q if packed_seq_params else None,
             max_seqlen=packed_seq_params.max_seqlen_q if packed_seq_params else None,
             softmax_scale=self.softmax_scale,
+            key_ranges=key_ranges,
         )
         return out.flatten(-2)
 
@@ -112,21 +106,20 @@ class SelfAttention(core.SelfAttention):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        inference_context: Any = None,
+        inference_context: Tokens | None = None,
         rotary_pos_emb: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        assert attention_mask is None, "masks are given by borders and ranges"
         query, key, value = self._heads(hidden_states, rotary_pos_emb)
-        mask_type = self.attn_mask_type
+        key_ranges = None
         if inference_context is not None:
-            if inference_context.sequence_len_offset > 0:
-                mask_type = AttnMaskType.no_mask
-            key, value = self._cached(inference_context, key, value)
+            key, value = inference_context.keep(self.layer_number - 1, key, value)
+            key_ranges = inference_context.key_ranges
         if packed_seq_params is not None:
             query, key, value = (x.squeeze(1) for x in (query, key, value))
-        arguments = {"attn_mask_type": mask_type, "packed_seq_params": packed_seq_params}
-        out = self.core_attention(query, key, value, attention_mask, **arguments)
+        out = self.core_attention(query, key, value, packed_seq_params=packed_seq_params, key_ranges=key_ranges)
         if packed_seq_params is not None:
             out = out.unsqueeze(1)
         return self.linear_proj(out)
@@ -140,24 +133,6 @@ class SelfAttention(core.SelfAttention):
         if rotary_pos_emb is None:
             return mixed[..., :per_group, :], mixed[..., per_group, :], mixed[..., per_group + 1, :]
         return type(self).rotate_heads(mixed, rotary_pos_emb)
-
-    def _cached(self, context: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append to the cache [max S, max B, G, K] of this layer; return all keys and values so far."""
-        start, end = context.sequence_len_offset, context.sequence_len_offset + key.shape[0]
-        batch = key.shape[1]
-        if end > context.max_sequence_length or batch > context.max_batch_size:
-            raise ValueError(
-                f"inference_context: holds {context.max_sequence_length} tokens of {context.max_batch_size} samples, "
-                f"received {end} of {batch}"
-            )
-        memory = context.key_value_memory_dict
-        if self.layer_number not in memory:
-            shape = (context.max_sequence_length, context.max_batch_size, *key.shape[2:])
-            memory[self.layer_number] = (key.new_empty(shape), value.new_empty(shape))
-        keys, values = memory[self.layer_number]
-        keys[start:end, :batch] = key
-        values[start:end, :batch] = value
-        return keys[:end, :batch], values[:end, :batch]
 
 
 class Layer(TransformerLayer):

@@ -1,13 +1,12 @@
 """Vision model, projector and language model as one trainable module.
 
 Attribute names are those of Megatron-LM's LLaVAModel, so that parameters and checkpoints carry the same names.
-Shapes: B batch, S sequence, N pictures, P patches, D hidden, R trained positions, V vocabulary, K keys so far.
+Shapes: B batch, S sequence, T packed tokens, N pictures, P patches, D hidden, R trained positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
@@ -18,7 +17,8 @@ from torch import Tensor
 from vlm import images as pictures
 from vlm.batch import PackedBatch
 from vlm.config import PARTS
-from vlm.model.language import LanguageModel, hidden_keys, packed_sequence
+from vlm.model.cache import KeyValueCache, Tokens
+from vlm.model.language import LanguageModel, packed_sequence
 from vlm.model.specs import TorchSpecs
 from vlm.model.vision import VisionModel
 
@@ -81,8 +81,8 @@ class Llava(MegatronModule):
         rows_R = batch.trained_positions
         return self.language_model.losses(hidden_SBD, rows_R, batch.labels_S.index_select(0, rows_R))
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
-        """Activations [S, 1, D] of one packed sequence after this stage's layers."""
+    def hidden(self, batch: PackedBatch, cached: Tokens | None = None) -> Tensor:
+        """Activations [S, 1, D] of one packed sequence after this stage's layers; `cached` if they are to be kept."""
         embeddings_SBD = None
         if self.pre_process:
             tokens_SD = self.language_model.embed(batch.tokens_S.unsqueeze(0)).flatten(0, 1)
@@ -91,6 +91,7 @@ class Llava(MegatronModule):
             embeddings_SBD,
             batch.positions_S.unsqueeze(0),
             packed=packed_sequence(batch.cu_seqlens, batch.max_seqlen),
+            cached=cached,
         )
 
     def logits(
@@ -98,57 +99,66 @@ class Llava(MegatronModule):
         tokens_BS: Tensor,
         positions_BS: Tensor,
         *,
-        key_mask_BK: Tensor | None = None,
         images: Tensor | None = None,
         image_positions: Tensor | None = None,
-        inference_context: Any = None,
         last_only: bool = True,
     ) -> Tensor:
-        """Predictions of the next token, with or without a key/value cache. Builds no graph.
+        """Predictions of the next token from whole sequences of one length. Builds no graph and keeps nothing.
 
         Args:
-            tokens_BS: int64, the tokens not yet in the cache. Prompts of different lengths are padded on the left.
-            positions_BS: int64, counted from each sample's first real token; any value where padded.
-            key_mask_BK: bool [B, K], True at real tokens, K the tokens in the cache plus S. None if nothing is padded.
+            tokens_BS: int64.
+            positions_BS: int64.
             images: uint8 [N, 3, H, W], with `image_positions`, int64 [N * P], the flat slots b * S + s.
-            inference_context: megatron-core's StaticInferenceContext. Its offset moves by S in this call, so that the
-                next call passes the new tokens alone.
             last_only: only the last position's logits.
 
         Returns:
             float32 [B, V], or [B, S, V] with last_only=False.
 
         Raises:
-            ValueError: shapes that do not fit, a full cache, or a layout that cannot generate.
+            ValueError: shapes that do not fit, or a layout that cannot generate.
         """
-        if not (self.pre_process and self.post_process):
-            stages = self.config.pipeline_model_parallel_size
-            raise ValueError(f"parallel.pipeline: is {stages}, generation needs all layers in one stage; set it to 1")
-        batch, length = tokens_BS.shape
-        offset = inference_context.sequence_len_offset if inference_context is not None else 0
-        if self.config.sequence_parallel:
-            raise ValueError("parallel.sequence: generation cannot shard single tokens; set it to false")
-        if key_mask_BK is not None and key_mask_BK.shape != (batch, offset + length):
-            raise ValueError(f"key_mask_BK: expected {(batch, offset + length)}, received {tuple(key_mask_BK.shape)}")
-        if key_mask_BK is None and offset and length > 1:
-            key_mask_BK = torch.ones(batch, offset + length, dtype=torch.bool, device=tokens_BS.device)
+        self._check_layout()
         with torch.no_grad():
             embeddings = self.language_model.embed(tokens_BS)
             if images is not None and len(images):
                 flat = self._place(embeddings.flatten(0, 1), images, image_positions)
-                embeddings = flat.view(batch, length, -1)
-            hidden_SBD = self.language_model.hidden(
-                embeddings.transpose(0, 1).contiguous(),
-                positions_BS,
-                hidden_mask=None if key_mask_BK is None else hidden_keys(length, key_mask_BK),
-                inference_context=inference_context,
-            )
-            if inference_context is not None:
-                inference_context.sequence_len_offset += length
-                inference_context.enable_decode_mode()
-            if last_only:
-                return self.language_model.logits(hidden_SBD[-1])
-            return self.language_model.logits(hidden_SBD.transpose(0, 1))
+                embeddings = flat.view(*tokens_BS.shape, -1)
+            hidden_SBD = self.language_model.hidden(embeddings.transpose(0, 1).contiguous(), positions_BS)
+            return self.language_model.logits(hidden_SBD[-1] if last_only else hidden_SBD.transpose(0, 1))
+
+    def prefill(self, prompts: PackedBatch, tokens: Tokens) -> Tensor:
+        """Logits, float32 [B, V], of what follows each of B packed prompts, whose keys and values are kept.
+
+        Args:
+            prompts: without padding at the end.
+            tokens: `KeyValueCache.prompts` of their lengths.
+
+        Raises:
+            ValueError: as `logits`.
+        """
+        self._check_layout()
+        with torch.no_grad():
+            hidden_TD = self.hidden(prompts, tokens).squeeze(1)
+            return self.language_model.logits(hidden_TD[prompts.cu_seqlens[1:].long() - 1])
+
+    def step(self, tokens_B: Tensor, cache: KeyValueCache) -> Tensor:
+        """Logits, float32 [B, V], of what follows one more token, int64, of every sample in the cache.
+
+        Raises:
+            ValueError: the cache is full.
+        """
+        with torch.no_grad():
+            tokens = cache.next()
+            embeddings_1BD = self.language_model.embed(tokens_B.unsqueeze(0))
+            hidden_1BD = self.language_model.hidden(embeddings_1BD, tokens.positions_T.unsqueeze(1), cached=tokens)
+            return self.language_model.logits(hidden_1BD[0])
+
+    def _check_layout(self) -> None:
+        if not (self.pre_process and self.post_process):
+            stages = self.config.pipeline_model_parallel_size
+            raise ValueError(f"parallel.pipeline: is {stages}, generation needs all layers in one stage; set it to 1")
+        if self.config.sequence_parallel:
+            raise ValueError("parallel.sequence: generation cannot shard single tokens; set it to false")
 
     def image_features(self, images: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] to the features [N, P, D_vision] that the projector reads, without the class token."""

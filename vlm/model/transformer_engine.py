@@ -63,17 +63,15 @@ class Attention(CoreAttention):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
         *,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        key_ranges: Tensor | None = None,
     ) -> Tensor:
-        """As CoreAttention; masked decoding goes through PyTorch."""
-        if attention_mask is not None:
-            return super().forward(query, key, value, attention_mask)
+        """As CoreAttention; decoding goes through PyTorch."""
+        if key_ranges is not None:
+            return super().forward(query, key, value, key_ranges=key_ranges)
         query = query.flatten(-3, -2)
-        causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
+        causal = self.attn_mask_type == AttnMaskType.causal
         if packed_seq_params is None:
             kind = "causal" if causal else "no_mask"
             return self._attention(query, key, value, qkv_format="sbhd", attn_mask_type=kind)
