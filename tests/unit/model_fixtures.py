@@ -44,6 +44,17 @@ VISION: dict[str, Any] = {
     "layer_norm_eps": 2e-5,
 }
 
+# Head dims that the kernels know: 128 in the language model with two query heads a group, 64 in the vision model.
+KERNELS_LANGUAGE = LANGUAGE | {
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "head_dim": 128,
+    "vocab_size": 1000,
+    "max_position_embeddings": 512,
+}
+KERNELS_VISION = VISION | {"hidden_size": 128, "intermediate_size": 256}
+
 
 def settings(
     *,
@@ -119,6 +130,29 @@ def ours(reference: Any, *, feature_layer: int = -1, **options: Any) -> Any:
     model = build(LANGUAGE | own, VISION, settings(feature_layer=feature_layer, **options))
     model.load_state_dict(translated(reference.state_dict(), model), strict=True)
     return model
+
+
+def for_kernels(backend: str, dtype: str = "float32") -> Any:
+    """A model of sizes that the kernels know, with fresh weights; the same ones for every backend."""
+    from vlm.model import Settings, build
+
+    base = settings(backend=backend, dtype=dtype)
+    projector = base.models.projector.model_copy(update={"hidden_size": KERNELS_LANGUAGE["hidden_size"]})
+    models = base.models.model_copy(update={"projector": projector})
+    parallel.seed_everything(7)
+    return build(KERNELS_LANGUAGE, KERNELS_VISION, Settings(models, base.kernels, base.dtype, base.parallel))
+
+
+def prompts(shapes: list[tuple[int, int]], seed: int = 0) -> Any:
+    """Prompts of (length, pictures)."""
+    from vlm.generate.decode import Prompt
+
+    samples, images = conversations(shapes, seed)
+    rest = iter(images)
+    return [
+        Prompt(sample.tokens_L.tolist(), [next(rest) for _ in range(count)], f"prompt-{n}")
+        for n, (sample, (_, count)) in enumerate(zip(samples, shapes, strict=True))
+    ]
 
 
 def translated(theirs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:

@@ -37,12 +37,7 @@ def model(reference: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
-    samples, images = fixtures.conversations(SHAPES, seed=4)
-    rest = iter(images)
-    return [
-        Prompt(sample.tokens_L.tolist(), [next(rest) for _ in range(count)], f"prompt-{n}")
-        for n, (sample, (_, count)) in enumerate(zip(samples, SHAPES, strict=True))
-    ]
+    return fixtures.prompts(SHAPES, seed=4)
 
 
 def decode(model: Any, prompts: list[Prompt], end: int = NO_END, new: int = NEW_TOKENS) -> list[list[int]]:

@@ -8,19 +8,8 @@ import torch
 
 from vlm import parallel
 from vlm.batch import PackedBatch, pack
-from vlm.model import Settings, build
 
 GPU = torch.cuda.is_available()
-# Head dims that the kernels know: 128 in the language model with two query heads a group, 64 in the vision model.
-LANGUAGE = fixtures.LANGUAGE | {
-    "hidden_size": 256,
-    "intermediate_size": 384,
-    "num_hidden_layers": 2,
-    "head_dim": 128,
-    "vocab_size": 1000,
-    "max_position_embeddings": 512,
-}
-VISION = fixtures.VISION | {"hidden_size": 128, "intermediate_size": 256}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,11 +26,7 @@ def batch() -> PackedBatch:
 
 
 def losses_and_gradients(backend: str, dtype: str, weights: dict[str, torch.Tensor] | None = None):
-    base = fixtures.settings(backend=backend, dtype=dtype)
-    projector = base.models.projector.model_copy(update={"hidden_size": 256})
-    models = base.models.model_copy(update={"projector": projector})
-    parallel.seed_everything(7)
-    model = build(LANGUAGE, VISION, Settings(models, base.kernels, dtype, base.parallel))
+    model = fixtures.for_kernels(backend, dtype)
     if weights is not None:
         assert weights.keys() == dict(model.named_parameters()).keys()  # so every backend reads the same checkpoints
         model.load_state_dict(weights, strict=False)

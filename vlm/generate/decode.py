@@ -23,7 +23,7 @@ SLOTS_AT_ONCE = 128
 """A cache's size is a multiple of it, so that batches of like lengths share a captured step. The size follows from the
 batch alone: with another, sums are split elsewhere, and an interrupted run would not go on to the bit."""
 STEPS_UNSEEN = 8
-"""Steps from one look for the end of all answers to the next, on a GPU, where a look waits for all that was launched."""
+"""Steps from one look whether all answers ended to the next, on a GPU, where a look waits for all that was launched."""
 WARM_UP = 2
 """Steps before the capture, in which kernels are compiled and libraries take their memory."""
 
