@@ -92,18 +92,24 @@ def batches(config: Config, stage: str) -> list[PackedBatch]:
     return packed
 
 
+def random_model(language: dict[str, Any], vision: dict[str, Any], config: Config) -> model.Llava:
+    """A model of these sizes, made on the device where it computes."""
+    torch.manual_seed(0)
+    built = model.build(language, vision, config, initialise=False)
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if "norm" not in name and "ln_" not in name:
+                parameter.normal_(std=0.02)
+    return built
+
+
 class Contestant:
     """A stage with one backend, and what its steps took."""
 
     def __init__(self, stage: str, backend: str, num_layers: int) -> None:
         config = settings(stage, backend)
         language = LANGUAGE | {"num_hidden_layers": num_layers}
-        torch.manual_seed(0)
-        built = model.build(language, VISION, config, initialise=False)
-        with torch.no_grad():
-            for name, parameter in built.named_parameters():
-                if "norm" not in name and "ln_" not in name:
-                    parameter.normal_(std=0.02)
+        built = random_model(language, VISION, config)
         built.freeze(config.stages[stage].trainable)
         built.train()
         wrapped = optimizers.wrap(built)

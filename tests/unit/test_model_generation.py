@@ -9,6 +9,7 @@ import torch
 
 from vlm import parallel
 from vlm.batch import pack
+from vlm_kernels import reference
 
 SHAPES = [(17, 1), (5, 0), (30, 2), (17, 0)]
 NEW_TOKENS = 6
@@ -86,6 +87,20 @@ def test_samples_do_not_see_each_other(model, prompts):
     )
     torch.testing.assert_close(first[0], second[0], atol=0, rtol=0)
     assert not torch.equal(first[1], second[1])
+
+
+def test_attention_looks_at_the_ranges_once(model, prompts, monkeypatch):
+    """A look waits for the device, and no graph can be captured around one."""
+    looks = []
+    original = reference._check_ranges
+    monkeypatch.setattr(reference, "_check_ranges", lambda x, n: (looks.append((x, x._version)), original(x, n)))
+    cache = model.language_model.cache(len(prompts), NUM_SLOTS)
+    for _ in range(2):
+        generated(model, prompts, cache)
+    ranges, version = looks[0]
+    assert len(looks) == 2 * (NEW_TOKENS - 1) * fixtures.LANGUAGE["num_hidden_layers"]
+    assert all(seen is ranges and other == version for seen, other in looks)  # what is known of it stays known
+    assert ranges[:, 1].tolist() == [length + NEW_TOKENS - 1 for length, _ in SHAPES]  # and yet it moved
 
 
 def test_a_full_cache_and_other_batches_are_refused(model, prompts):
