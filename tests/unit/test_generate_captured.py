@@ -29,8 +29,8 @@ def groups() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def batches() -> list[list[Prompt]]:
     """The same shape twice, then more slots, fewer samples, and the first shape again."""
-    long = SLOTS_AT_ONCE - NEW_TOKENS
-    shapes = [[(40, 1), (9, 0), (33, 2)], [(9, 0), (41, 2), (20, 1)], [(long, 1), (5, 0), (long + 1, 2)], [(30, 1)]]
+    long = SLOTS_AT_ONCE
+    shapes = [[(40, 1), (9, 0), (33, 2)], [(9, 0), (41, 2), (20, 1)], [(long - 9, 1), (5, 0), (long, 2)], [(30, 1)]]
     made = [fixtures.prompts(batch, seed) for seed, batch in enumerate(shapes)]
     return [*made, made[0]]
 
@@ -51,6 +51,16 @@ def test_batches_of_changing_shape_are_answered_as_prompts_alone(backend: str, b
     wanted = [[alone([prompt], NEW_TOKENS)[0] for prompt in batch] for batch in batches]
     assert len({tuple(answer) for batch in wanted[:-1] for answer in batch}) == 10  # the prompts do matter
     assert [together(batch, NEW_TOKENS) for batch in batches] == wanted
+
+
+def test_a_size_follows_from_the_batch_alone(batches: list[list[Prompt]]) -> None:
+    """An interrupted run goes on with the batches that are left, and says the same to the bit."""
+    made = decoder("torch")
+    few, many = SLOTS_AT_ONCE, 2 * SLOTS_AT_ONCE
+    assert [made.begin(batch, NEW_TOKENS).shape for batch in batches[1:3]] == [(3, few), (3, many)]
+    kept = made.begin(batches[0], NEW_TOKENS)
+    assert kept.shape == (3, few)
+    assert made.begin(batches[1], NEW_TOKENS) is kept  # and what was captured serves the next
 
 
 def test_an_end_is_seen_between_two_looks(batches: list[list[Prompt]]) -> None:
