@@ -6,6 +6,7 @@ import model_fixtures as fixtures
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlm import parallel
 from vlm.batch import pack
@@ -101,6 +102,35 @@ def test_attention_looks_at_the_ranges_once(model, prompts, monkeypatch):
     assert len(looks) == 2 * (NEW_TOKENS - 1) * fixtures.LANGUAGE["num_hidden_layers"]
     assert all(seen is ranges and other == version for seen, other in looks)  # what is known of it stays known
     assert ranges[:, 1].tolist() == [length + NEW_TOKENS - 1 for length, _ in SHAPES]  # and yet it moved
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Refuses what a captured CUDA graph cannot hold: values that Python reads, sizes made of them, new constants."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.calls += 1
+        name = function._schema.name.removeprefix("aten::")
+        assert not name.startswith(self.REFUSED), name
+        return function(*arguments, **(options or {}))
+
+
+def test_a_step_takes_nothing_from_the_host(model, monkeypatch):
+    cache = model.language_model.cache(2, NUM_SLOTS)
+    cache.prompts([3, 0])
+    tokens = torch.zeros(2, dtype=torch.long, device=cache.device)
+    model.step(tokens, cache)  # the ranges are looked at here, once
+    with NothingFromTheHost() as mode, monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "tolist", lambda x: pytest.fail("a list of values"))  # no operation, on the CPU
+        model.step(tokens, cache).argmax(-1)
+    assert mode.calls > 30
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NothingFromTheHost():
+        tokens.sum().item()
 
 
 def test_a_full_cache_and_other_batches_are_refused(model, prompts):

@@ -108,7 +108,7 @@ class KeyValueCache:
     def _ends_B(self) -> Tensor:
         """Where the samples' keys end, to be changed in place without attention looking at the values again.
 
-        A look waits for the device, so each step would, and no graph could be captured. The first look is enough: the
-        ranges only ever grow, one by one, within the slots that are counted here.
+        A look waits for the device, so each step would, and no graph could be captured. The first look is enough: from
+        there on the ranges start within the slots and grow one by one, and the steps are counted.
         """
         return self._ranges_B2.data[:, 1]
