@@ -36,8 +36,8 @@ NO_END = -1
 GRAPH = "+graph"
 FULL_LANGUAGE = LANGUAGE | {"num_hidden_layers": 32}
 TINY_LANGUAGE = LANGUAGE | {
-    "hidden_size": 128,
-    "intermediate_size": 256,
+    "hidden_size": 256,
+    "intermediate_size": 384,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,
@@ -45,9 +45,9 @@ TINY_LANGUAGE = LANGUAGE | {
     "num_hidden_layers": 2,
 }
 TINY_VISION = VISION | {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 1,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 2,
     "num_hidden_layers": 2,
     "image_size": 28,
 }
