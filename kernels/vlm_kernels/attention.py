@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlm_kernels import reference
+from vlm_kernels import hopper, reference
 
 INTERPRETED = triton.knobs.runtime.interpret  # as the decorators below read it
 HEAD_DIMS = (64, 128)
@@ -506,6 +506,12 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, borders: Tensor | None, ranges: Tensor | None, c: float
     ) -> Tensor:
+        ctx.causal, ctx.softmax_scale = causal, c
+        ctx.on_hopper = hopper.usable(q, k, v, causal, borders, ranges)
+        if ctx.on_hopper:
+            out, lse = hopper.attention_forward(q, k, v, causal, borders, c)
+            ctx.save_for_backward(q, k, v, out, lse, borders, None)
+            return out
         heads = q.shape[-3] * q.shape[-2]
         out = torch.empty((*q.shape[:-3], heads, q.shape[-1]), dtype=q.dtype, device=q.device)
         lse = torch.empty((*q.shape[1:-3], heads, q.shape[0]), dtype=torch.float32, device=q.device)
@@ -517,13 +523,17 @@ class _Attention(torch.autograd.Function):
         strides = _strides(q, k=k, v=v, o=out)
         _forward_kernel[grid](q, k, v, out, lse, **strides, **arguments, scale=c * LOG2_E)
         ctx.save_for_backward(q, k, v, out, lse, borders, ranges)
-        ctx.causal, ctx.softmax_scale = causal, c
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, borders, ranges = ctx.saved_tensors
+        if ctx.on_hopper:
+            with torch.cuda.device_of(q):
+                return *hopper.attention_backward(q, k, v, out, lse, w, ctx.causal, borders, ctx.softmax_scale), *[
+                    None
+                ] * 4
         w = w if w.stride(-1) == 1 else w.contiguous()
         delta = torch.empty_like(lse)
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)

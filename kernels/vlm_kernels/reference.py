@@ -127,7 +127,7 @@ def check_attention(
 _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _values(x: Tensor) -> list[Any]:
+def values_of(x: Tensor) -> list[Any]:
     """The tensor's values, waiting for its device once per tensor and in-place change."""
     return _summarised(x, 0, lambda: x)
 
@@ -151,7 +151,7 @@ def _check_integers(name: str, x: Tensor, q: Tensor, fits: bool, shape: str) -> 
 
 
 def _check_borders(cu_seqlens: Tensor, num_tokens: int, max_seqlen: int | None) -> None:
-    borders = _values(cu_seqlens)
+    borders = values_of(cu_seqlens)
     lengths = [b - a for a, b in itertools.pairwise(borders)]
     if borders[0] != 0:
         raise ValueError(f"cu_seqlens: must start at 0, received {_short(borders)}")
@@ -164,7 +164,7 @@ def _check_borders(cu_seqlens: Tensor, num_tokens: int, max_seqlen: int | None) 
 
 
 def _check_ranges(key_ranges: Tensor, num_keys: int) -> None:
-    for sample, (low, high) in enumerate(_values(key_ranges)):
+    for sample, (low, high) in enumerate(values_of(key_ranges)):
         if not 0 <= low <= high <= num_keys:
             raise ValueError(f"key_ranges: sample {sample} has [{low}, {high}), which is not within {num_keys} keys")
 

@@ -1,0 +1,73 @@
+"""How the kernels for Hopper find their tiles: descriptors for the copy engine, tables of packed segments, strides."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from vlm_kernels import reference
+
+TILE = 128  # rows of a query tile in the forward pass and of a key tile in the backward pass, keys of a step
+ALIGNMENT_BYTES = 16  # of a descriptor's first element and of its rows
+ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+
+def copyable(x: Tensor) -> bool:
+    """Whether the copy engine can address the rows of x [S, .., K] where they lie."""
+    return (
+        x.stride(-1) == 1
+        and x.stride(0) > 0
+        and x.data_ptr() % ALIGNMENT_BYTES == 0
+        and x.stride(0) * x.element_size() % ALIGNMENT_BYTES == 0
+    )
+
+
+def rows_of(x: Tensor, rows: int) -> TensorDescriptor:
+    """x [S, .., K] as a matrix of S rows in which a head is K columns, to be copied `rows` rows of a head at once."""
+    width = 1 + sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    block = [rows, x.shape[-1]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[x.dtype])
+    return TensorDescriptor(x, [len(x), width], [x.stride(0), 1], block, layout)
+
+
+_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def table_of(borders: Tensor, longest_first: bool) -> Tensor:
+    """[tiles, 3] int32 of a pack: first row of the tile's segment, the segment's length, the tile's number in it.
+
+    Made once per pack, from borders that `reference.check_attention` has looked at already.
+    """
+    version = None if borders.is_inference() else borders._version
+    known = _tables.get(borders)
+    if known is None or version is None or known[0] != version:
+        tiles = [
+            (start, end - start, tile)
+            for start, end in itertools.pairwise(reference.values_of(borders))
+            for tile in range(triton.cdiv(end - start, TILE))
+        ]
+        ordered = sorted(tiles, key=lambda tile: -tile[2])
+        both = torch.tensor([tiles, ordered], dtype=torch.int32).to(borders.device, non_blocking=True)
+        known = _tables[borders] = (version, both)
+    return known[1][int(longest_first)]
+
+
+def strides_of(**tensors: Tensor) -> dict[str, int]:
+    """stride_kb and stride_kh of k [S, B, G, K], and so on; of q [S, B, G, H / G, K] stride_qg too.
+
+    The batch stride of a packed tensor is 0.
+    """
+    strides = {}
+    for name, x in tensors.items():
+        grouped = name == "q"
+        strides[f"stride_{name}b"] = x.stride(1) if x.dim() == (5 if grouped else 4) else 0
+        strides[f"stride_{name}h"] = x.stride(-2)
+        if grouped:
+            strides["stride_qg"] = x.stride(-3)
+    return strides
