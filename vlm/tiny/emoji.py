@@ -27,7 +27,7 @@ from vlm.tiny.world import World
 UNSEEN_STYLE = "openmoji"
 HELD_OUT_SHARE = 8
 """One pair of things in so many is held out."""
-SIZES = {"small": (15.0, 19.0), "large": (29.0, 35.0)}
+SIZES = {"small": (18.0, 23.0), "large": (32.0, 40.0)}
 """Half the width of a stamp in pixels, drawn uniformly."""
 TURN = math.radians(12)
 """Largest angle by which a stamp is turned, either way."""

@@ -61,7 +61,7 @@ class Question:
         """The user turn, without image tags."""
         if not self.options:
             return open_.format(question=self.text)
-        lines = "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, self.options, strict=True))
+        lines = "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, self.options, strict=False))
         return choice.format(question=self.text, options=lines)
 
     @property
