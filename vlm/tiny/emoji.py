@@ -91,8 +91,8 @@ class Emoji(World):
         self._levels: dict[str, Tensor] = {}
 
     def sample(self, rng: random.Random, held_out: bool = False) -> StickerScene:
+        count = rng.choices((1, 2, 3), weights=(0 if held_out else 2, 6, 2))[0]
         while True:
-            count = rng.choices((1, 2, 3), weights=(0 if held_out else 2, 6, 2))[0]
             chosen = rng.sample(range(len(self.stamps.nouns)), count)
             nouns = [self.stamps.nouns[index] for index in chosen]
             if any(is_held_out(a, b) for i, a in enumerate(nouns) for b in nouns[:i]) != held_out:
@@ -236,11 +236,13 @@ class Emoji(World):
 def _halve(pixels: Tensor) -> Tensor:
     """uint8 [K, styles, 4, S, S] at half the width; colours count by their opacity."""
     halves = []
-    for one in pixels:
-        cover = one[:, 3:].float()
-        mean = functional.avg_pool2d(torch.cat([one[:, :3] * cover, cover], 1), 2)
-        halves.append(torch.cat([mean[:, :3] / mean[:, 3:].clamp(min=1e-3), mean[:, 3:]], 1).round().to(torch.uint8))
-    return torch.stack(halves)
+    for some in pixels.split(64):
+        flat = some.flatten(0, 1)
+        cover = flat[:, 3:].float()
+        mean = functional.avg_pool2d(torch.cat([flat[:, :3] * cover, cover], 1), 2)
+        small = torch.cat([mean[:, :3] / mean[:, 3:].clamp(min=1e-3), mean[:, 3:]], 1).round().to(torch.uint8)
+        halves.append(small.unflatten(0, some.shape[:2]))
+    return torch.cat(halves)
 
 
 def is_held_out(first: str, second: str) -> bool:
