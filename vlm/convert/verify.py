@@ -25,8 +25,8 @@ from vlm.weights import OPENAI, vision_naming, vision_table
 
 BATCH, TEXT_TOKENS, SEED = 2, 24, 20240229
 ROUNDING = 3e-5
-"""Share of the largest value that may be rounding. Hidden states of SmolLM2-135M reach 26,000, and `transformers` itself
-is 1.1e-4 off its own fp64 logits there, which reach 33: ten times less than is allowed, and a wrong weight shows more."""
+"""Share of the largest value that may be rounding. Hidden states of SmolLM2-135M reach 26,000, and there `transformers`
+itself is 1.1e-4 off its own fp64 logits, which reach 33: a tenth of what is allowed."""
 
 
 def verify(checkpoint: Path, language: Path, vision: Path, out: Path, tolerance: float = 1e-4) -> int:

@@ -40,7 +40,7 @@ MMMU_IMAGES = 7
 DIFFICULTY = {1: "Easy", 2: "Medium", 3: "Hard"}
 """By the number of things in the fullest picture."""
 BATCH = 250
-"""Pictures rendered together: of shapes 15 MB of floating-point values, of emoji 600 MB."""
+"""Pictures rendered together: of shapes 15 MB of floating-point values, of emoji 85 MB and as much for each layer."""
 
 PATIENCE = 200
 """After so many scenes in vain those with (or without) what is held out are taken to have no answer left to give."""
@@ -166,7 +166,7 @@ def _write_captions(settings: Config, sizes: Miniature, kind: World, out: Path, 
         for caption in text.captions(scene):
             annotations.append({"id": len(annotations) + 1, "image_id": number, "caption": caption})
         shown[name] = scene
-    licences = [{"id": 1, "name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"}]
+    licences = [{"id": 1, **kind.licence}]
     info = {"description": "Rendered scenes", "version": "1.0"}
     with _folder(out / test.folder("captions")) as folder:
         _save(folder / test.images, kind, shown, rng, "pictures to test captions")

@@ -64,6 +64,7 @@ class Emoji(World):
     canvas = 168
     cell = 14
     about = "scenes of emoji drawings (`vlm/tiny/emoji.py`); the held-out pairs and the held-out style never occur"
+    licence = {"name": ", ".join(sorted(stamps.STYLES.values())), "url": "https://github.com/iconify/icon-sets"}
     taught = ("Objects", "Neighbours", "Size", "Background", "Counting", "Position")
     subjects = {
         "Objects": "Seen art",

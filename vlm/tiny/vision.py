@@ -299,7 +299,8 @@ pipeline_tag: image-feature-extraction
 A `CLIPVisionModel` of {made.tower.num_parameters():,} parameters (bfloat16): {shown.canvas} px pictures,
 {(shown.canvas // shown.cell) ** 2} patches, quick_gelu. It stands in for CLIP ViT-L/14@336px.
 
-- Data: {sizes.steps * sizes.batch:,} {shown.about}; with captions and names of things, made as they are needed
+- Data: {sizes.steps * sizes.batch:,} {shown.about};
+  captions and names of things, made as they are needed
 - Command: `{command}`
 - Training: contrastive, AdamW, peak learning rate {sizes.lr:g}, one cycle, batch {sizes.batch}, {sizes.steps:,} steps;
   {seconds / 60:.0f} minutes since it last went on, on {machine}

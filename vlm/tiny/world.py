@@ -29,6 +29,8 @@ class World(ABC):
     """Width of one cell of the grid in pixels: the vision model's patch."""
     about: str
     """What the vision model's card says of the pictures."""
+    licence: Mapping[str, str]
+    """`name` and `url`, as COCO's files give them."""
     subjects: Mapping[str, str]
     """Domain of each subject that is asked about in the test."""
     taught: Sequence[str]
@@ -82,6 +84,7 @@ class Shapes(World):
     canvas = scenes.CANVAS
     cell = scenes.CELL
     about = "rendered scenes (`vlm/tiny/scenes.py`); the held-out pairs of colour and shape never occur"
+    licence = {"name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"}
     subjects = text.DOMAIN_OF_SUBJECT
     taught = tuple(one for one in text.SUBJECTS if one != "Comparison")
     num_answers = {
