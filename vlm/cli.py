@@ -58,6 +58,10 @@ def _add_sources(commands: Any) -> None:
     fetch.add_argument("--offline", action="store_true", help="take what the caches hold (also: HF_HUB_OFFLINE=1)")
 
     tiny = _group(commands, "tiny", "Make the miniature's pictures, texts and base models.")
+    stamps = _command(tiny, "stamps", "vlm.tiny.stamps:prepare", "Render emoji of npm packages into one file.")
+    stamps.add_argument("--packages", type=Path, required=True, help="node_modules with the fonts and emojibase-data")
+    stamps.add_argument("--out", type=Path, required=True, help="Parquet file")
+    stamps.add_argument("--limit", type=int, default=None, help="only so many names")
     data = _command(tiny, "data", "vlm.tiny.datasets:write", "Render the miniature data sets in the real layouts.")
     _config(data)
     data.add_argument("--out", type=Path, required=True)
@@ -66,6 +70,11 @@ def _add_sources(commands: Any) -> None:
         model.add_argument("--out", type=Path, required=True)
         model.add_argument("--seed", type=int, default=0)
         model.add_argument("--steps", type=int, default=None, help="optimizer steps (default: those of the model card)")
+        if name == "vision":
+            whole = "settings of a run whose miniature.vision is trained, instead of the committed model"
+            model.add_argument("--config", type=Path, default=None, metavar="YAML", help=whole)
+            state = "file that a training is saved to every so often and goes on from"
+            model.add_argument("--state", type=Path, default=None, help=state)
         model.add_argument("--workers", type=int, default=0, help="processes that render samples")
         model.add_argument("--device", default=None, help="default: cuda where present, else cpu")
 
@@ -76,6 +85,11 @@ def _add_convert(commands: Any) -> None:
         one = _command(convert, part, f"vlm.convert.{part}:convert", f"Convert a {part} model to Megatron.")
         one.add_argument("source", type=Path, help="Hugging Face folder with config.json and safetensors")
         one.add_argument("out", type=Path)
+    gguf = _command(
+        convert, "gguf", "vlm.convert.gguf:convert", "Convert a Llama's GGUF file to a Hugging Face folder."
+    )
+    gguf.add_argument("source", type=Path, help="GGUF file of a Llama, tokenizer included")
+    gguf.add_argument("out", type=Path)
     llava = _command(convert, "llava", "vlm.convert.llava:convert", "Convert a transformers LLaVA folder to Megatron.")
     llava.add_argument("source", type=Path, help="folder of a LlavaForConditionalGeneration with safetensors")
     llava.add_argument("out", type=Path)

@@ -291,8 +291,40 @@ class Evaluation(Tree):
         return {name: value for name in type(self).model_fields if isinstance(value := getattr(self, name), Benchmark)}
 
 
+MINIATURE = "miniature"
+"""Source of a model that the run makes itself."""
+
+
+class VisionTraining(Tree):
+    """A CLIP-shaped vision model that is trained from nothing on the miniature's own pictures, contrastively.
+
+    Its picture and patch are those of the pictures; other sizes are settings since no config.json says them yet."""
+
+    num_layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    steps: int = Field(gt=0)
+    batch: int = Field(gt=1)
+    """Pictures per step, each against the captions of all others."""
+    lr: float = Field(gt=0)
+    """Peak learning rate of one cycle."""
+    save_interval: int = Field(gt=0)
+    """Steps between the states that an interrupted training goes on from."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> VisionTraining:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        return self
+
+
 class Miniature(Tree):
     """Sizes of the rendered data sets that stand in for the real ones."""
+
+    stamps: str | None = None
+    """Parquet file of emoji drawings (`vlm tiny stamps`) that the pictures show; null for drawn shapes."""
+    vision: VisionTraining | None = None
+    """How to train the vision model where `models.vision.source` is `miniature`."""
 
     pretrain_samples: int = Field(gt=0)
     sft_samples: int = Field(gt=0)
@@ -346,6 +378,8 @@ class Config(Tree):
                 )
         for name in self.stages:
             self.lineage(name)
+        if self.models.vision.source == MINIATURE and (self.miniature is None or self.miniature.vision is None):
+            raise ValueError(f"models.vision.source: {MINIATURE} needs miniature.vision, which says what to train")
         if self.models.projector.hidden_size % self.parallel.tensor:
             raise ValueError(
                 f"models.projector.hidden_size: {self.models.projector.hidden_size} is not a multiple of "

@@ -44,7 +44,7 @@ def changed(key: str, value: Any) -> dict[str, Any]:
     return tree
 
 
-@pytest.mark.parametrize("overlay", ["tiny", "nvidia_projector"])
+@pytest.mark.parametrize("overlay", ["tiny", "small", "nvidia_projector"])
 def test_every_overlay_of_the_repository_is_valid(overlay: str) -> None:
     config = validate(merged(overlay))
     assert config.run != validate(merged()).run, "two recipes would share a folder"
@@ -104,6 +104,15 @@ def test_a_mistake_is_refused_with_its_key(key: str, value: Any, words: list[str
         validate(changed(key, value))
     for word in words:
         assert word in str(refusal.value)
+
+
+def test_a_vision_model_of_the_runs_own_needs_its_training() -> None:
+    with pytest.raises(ValueError, match="models.vision.source: miniature needs miniature.vision"):
+        validate(changed("models.vision.source", "miniature"))
+    tree = merged("small")
+    tree["miniature"]["vision"]["num_heads"] = 5
+    with pytest.raises(ValueError, match="miniature.vision: hidden_size 384 is not a multiple of num_heads 5"):
+        validate(tree)
 
 
 def test_what_reads_the_validation_loss_needs_one() -> None:

@@ -178,3 +178,19 @@ def test_verify_notices_one_changed_weight(tmp_path, combined, part, weight, abo
     assert verify.verify(combined, folders["language"], folders["vision"], tmp_path / "report.json") == 1
     checks = json.loads((tmp_path / "report.json").read_text())["checks"]
     assert {name for name, check in checks.items() if check["max_abs_difference"] > 1e-4} == above
+
+
+@pytest.mark.parametrize(("grown", "wrong", "code"), [(1e3, 0.0, 0), (1e3, 0.1, 1)], ids=["rounding", "wrong-too"])
+def test_verify_allows_the_rounding_of_large_logits(tmp_path, combined, grown, wrong, code):
+    """Of logits a thousand times as large, as a model of large hidden states has."""
+    hub = combined.parent / "hub"
+    shutil.copytree(hub / "language", tmp_path / "hub")
+    change_weights(tmp_path / "hub", lambda tensors: tensors["model.norm.weight"].mul_(grown))
+    language.convert(tmp_path / "hub", tmp_path / "language")
+    settings = write_settings(tmp_path / "config.yaml")
+    combine.combine(settings, tmp_path / "language", combined.parent / "vision", tmp_path / "combined")
+    change_weights(tmp_path / "hub", lambda tensors: tensors["model.layers.2.self_attn.k_proj.weight"][0].add_(wrong))
+    report = tmp_path / "report.json"
+    assert verify.verify(tmp_path / "combined", tmp_path / "hub", hub / "vision", report) == code
+    check = json.loads(report.read_text())["checks"]["language logits"]
+    assert check["max_abs_difference"] > 1e-4 and check["max_abs_value"] > 100

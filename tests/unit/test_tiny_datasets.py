@@ -23,7 +23,7 @@ from vlm.data.index import index
 from vlm.data.shard import shard
 from vlm.generate import items
 from vlm.loader import build
-from vlm.tiny import datasets, scenes, text
+from vlm.tiny import datasets, scenes, text, world
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"pretrain_samples": 60, "sft_samples": 120, "test_images": 20, "questions_per_subject": 12}
@@ -118,21 +118,21 @@ def test_the_base_model_learnt_the_prompts_of_the_configuration(made: Path) -> N
 def test_training_texts_never_name_a_held_out_pair(made: Path) -> None:
     for name in (PRETRAIN, SFT):
         for record in _records(made, name):
-            assert not any(datasets.names_held_out(turn["value"]) for turn in record["conversations"]), record["id"]
+            assert not any(world.SHAPES.names_held_out(turn["value"]) for turn in record["conversations"]), record["id"]
 
 
 def test_training_scenes_and_wrong_options_hold_no_held_out_pair(made: Path) -> None:
     config, rng = settings.load(made / "config.yaml"), random.Random(0)
     for _ in range(400):
         shown, turns = datasets.conversation(rng, config)
-        assert not any(scene.held_out for scene in shown)
-        assert not any(datasets.names_held_out(part) for turn in turns for part in turn)
+        assert not any(scenes.held_out(scene) for scene in shown)
+        assert not any(world.SHAPES.names_held_out(part) for turn in turns for part in turn)
 
 
 def test_half_of_the_test_pictures_show_a_held_out_pair(made: Path) -> None:
     references = coco.read_references(made / "sources/coco/annotations/captions_val2014.json")
     assert len(references) == 20 and all(len(set(texts)) == 5 for texts in references.values())
-    assert sum(datasets.names_held_out(texts[0]) for texts in references.values()) == 10
+    assert sum(world.SHAPES.names_held_out(texts[0]) for texts in references.values()) == 10
     pictures = coco.read_pictures(
         made / "sources/coco/annotations/captions_val2014.json", made / "sources/coco/val2014"
     )
@@ -142,7 +142,7 @@ def test_half_of_the_test_pictures_show_a_held_out_pair(made: Path) -> None:
 def test_no_test_scene_is_drawn_twice_or_from_training() -> None:
     training = {scenes.sample(random.Random(seed)) for seed in range(300)}
     seen = set(training)
-    drawn = [datasets._unseen(random.Random(seed), False, seen) for seed in range(300)]
+    drawn = [datasets._unseen(random.Random(seed), world.SHAPES, False, seen) for seed in range(300)]
     assert not training & set(drawn) and len(set(drawn)) == 300 and set(drawn) <= seen
 
 
@@ -175,8 +175,8 @@ def test_generation_reads_all_items(made: Path) -> None:
 
 def test_answers_come_equally_often() -> None:
     rng = random.Random(3)
-    for subject, number in datasets.ANSWERS.items():
-        counts = Counter(one.answer for one in datasets.questions(rng, subject, 5 * number, set()))
+    for subject, number in world.SHAPES.num_answers.items():
+        counts = Counter(one.answer for one in datasets.questions(rng, world.SHAPES, subject, 5 * number, set()))
         assert set(counts.values()) == {5} and len(counts) == number, subject
 
 
@@ -198,7 +198,7 @@ def _with_their_inverse(options: tuple[str, ...]) -> list[str]:
 )
 def test_options_alone_do_not_tell_the_answer(subject: str, favoured: Any) -> None:
     rng = random.Random(5)
-    asked = datasets.questions(rng, subject, 600, set())
+    asked = datasets.questions(rng, world.SHAPES, subject, 600, set())
     right = sum(rng.choice(favoured(one.options) or list(one.options)) == one.answer for one in asked)
     assert 0.18 < right / len(asked) < 0.32  # a quarter, give or take four standard errors
 

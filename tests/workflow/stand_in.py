@@ -50,7 +50,7 @@ def main() -> None:
     verb = arguments.get(f"{arguments['command']}_command") or arguments["command"]
     out = arguments.get("out") or arguments.get("output")
     match verb:
-        case "fetch" | "language" | "vision" | "combine" | "export":
+        case "fetch" | "gguf" | "language" | "vision" | "combine" | "export":
             make_folder(out)
         case "data" if arguments["command"] == "tiny":
             for name in ("LLaVA-Pretrain", "LLaVA-Instruct-150K", "coco", "MMMU"):

@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -125,6 +126,38 @@ def test_a_projector_that_transformers_lacks_is_not_exported(snakemake: Snakemak
     assert export in jobs(snakemake("all", "-n", "-c1", profile="none").stdout)
     refused = snakemake("export", "-n", "-c1", *overlay, profile="none")
     assert refused.returncode != 0 and "export: is false; `vlm export --part language`" in refused.stdout
+
+
+def test_the_small_recipe_makes_its_models_and_shares_all_other_steps(snakemake: Snakemake) -> None:
+    small = jobs(snakemake("all", "-n", profile="profiles/gpu").stdout)
+    tiny = jobs(snakemake("all", "-n").stdout)
+    fetched = {"Fetching the language model resources/tiny/language", "Fetching the vision model resources/tiny/vision"}
+    written = {"Writing the report results/small/report.html"}
+    assert tiny - small - {"Writing the report results/tiny/report.html"} == fetched
+    assert small - tiny - written == {
+        "Fetching SmolLM2-135M-Instruct and emoji drawings",
+        "Reading the language model data/small/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "Training the vision model on the miniature's pictures",
+    }
+    alone = {"Fetching SmolLM2-135M-Instruct and emoji drawings"}
+    assert jobs(snakemake("sources", "-n", profile="profiles/gpu").stdout) == alone
+
+
+def test_the_small_recipes_pictures_do_not_depend_on_how_its_vision_model_is_trained(
+    snakemake: Snakemake, workspace: Path
+) -> None:
+    for name in ("SmolLM2-135M-Instruct.Q4_1.gguf", "stamps.parquet"):
+        (workspace / "data/small").mkdir(parents=True, exist_ok=True)
+        (workspace / "data/small" / name).write_bytes(b"")
+    asked = ("results/small/data/pretrain/.nv-meta/dataset.yaml", "results/small/convert/vision")
+    assert snakemake(*asked, profile="profiles/gpu").returncode == 0
+    call = next(one for one in (workspace / "calls.txt").read_text().splitlines() if one.startswith("tiny vision"))
+    config, out, state = "results/small/config.yaml", "results/small/sources/vision", "results/small/vision_training"
+    assert call == f"tiny vision --config {config} --out {out} --state {state}/state.pt --workers 10"
+    change = ("--config", "miniature={vision: {steps: 7}}")
+    again = jobs(snakemake("-n", *asked, *change, profile="profiles/gpu").stdout)
+    assert "Training the vision model on the miniature's pictures" in again
+    assert "Rendering the miniature data sets" not in again
 
 
 def test_stage_names_are_targets(snakemake: Snakemake) -> None:

@@ -24,6 +24,9 @@ from vlm.model.sizes import LanguageSizes, language_sizes, vision_sizes
 from vlm.weights import OPENAI, vision_naming, vision_table
 
 BATCH, TEXT_TOKENS, SEED = 2, 24, 20240229
+ROUNDING = 3e-5
+"""Share of the largest value that may be rounding. Hidden states of SmolLM2-135M reach 26,000, and there `transformers`
+itself is 1.1e-4 off its own fp64 logits, which reach 33: a tenth of what is allowed."""
 
 
 def verify(checkpoint: Path, language: Path, vision: Path, out: Path, tolerance: float = 1e-4) -> int:
@@ -33,7 +36,7 @@ def verify(checkpoint: Path, language: Path, vision: Path, out: Path, tolerance:
         checkpoint: a combined checkpoint.
         language, vision: Hugging Face folders of the base models.
         out: JSON report.
-        tolerance: largest absolute difference allowed.
+        tolerance: largest absolute difference allowed; ROUNDING of the largest value where that is more.
 
     Returns:
         0 if all three agree, 1 otherwise.
@@ -51,12 +54,13 @@ def verify(checkpoint: Path, language: Path, vision: Path, out: Path, tolerance:
     finally:
         parallel.destroy()
     worst = {name: result["max_abs_difference"] for name, result in results.items()}
-    passed = all(difference <= tolerance for difference in worst.values())  # also False for NaN
+    allowed = {name: max(tolerance, ROUNDING * result["max_abs_value"]) for name, result in results.items()}
+    passed = all(difference <= allowed[name] for name, difference in worst.items())  # also False for NaN
     report = {"passed": passed, "tolerance": tolerance, "checks": results, "versions": versions()}
     files.write_json(Path(out), report)
     print(f"{'fp32, against transformers':<28}{'max difference':>16}{'largest value':>16}")
     for name, result in results.items():
-        verdict = "" if worst[name] <= tolerance else f"  above {tolerance:g}"
+        verdict = "" if worst[name] <= allowed[name] else f"  above {allowed[name]:g}"
         print(f"{name:<28}{result['max_abs_difference']:>16.2e}{result['max_abs_value']:>16.2f}{verdict}")
     if not passed:
         print(f"vlm: {checkpoint} does not compute what its base models compute, see {out}", file=sys.stderr)

@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,9 +47,33 @@ _OUTER_RADIUS = (15.5, 17.5)
 _ROOMY_SHAPES = ("circle", "square")  # of the six, those with space for a small object in their middle
 
 
+class Placed(Protocol):
+    """What a scene needs to know of a thing: its size in words, and its centre and radius in pixels."""
+
+    @property
+    def noun(self) -> str:
+        """What a question calls it."""
+
+    @property
+    def name(self) -> str:
+        """All that can be said of it, after `a`."""
+
+    @property
+    def size(self) -> str: ...
+    @property
+    def x(self) -> float: ...
+    @property
+    def y(self) -> float: ...
+    @property
+    def radius(self) -> float: ...
+
+
+AnyThing = TypeVar("AnyThing", bound=Placed)
+
+
 @dataclass(frozen=True)
 class Thing:
-    """One object: what it is, and its centre and radius in pixels."""
+    """One shape: what it is, and its centre and radius in pixels."""
 
     shape: str
     colour: str
@@ -58,21 +83,21 @@ class Thing:
     radius: float
 
     @property
+    def noun(self) -> str:
+        return self.shape
+
+    @property
     def name(self) -> str:
         return f"{self.size} {self.colour} {self.shape}"
 
 
 @dataclass(frozen=True)
-class Scene:
-    """One to three things with different shapes. With `inside`, the second thing is drawn within the first."""
+class Scene(Generic[AnyThing]):
+    """One to three things with different nouns. With `inside`, the second thing is drawn within the first."""
 
-    things: tuple[Thing, ...]
+    things: tuple[AnyThing, ...]
     background: str
     inside: bool = False
-
-    @property
-    def held_out(self) -> bool:
-        return any((thing.colour, thing.shape) in HELD_OUT for thing in self.things)
 
     def relation(self, first: int, second: int) -> str:
         """How thing `first` stands to thing `second`, one of RELATIONS."""
@@ -84,19 +109,21 @@ class Scene:
             return "left of" if dx < 0 else "right of"
         return "above" if dy < 0 else "below"
 
-    def grid(self) -> list[list[int]]:
-        """[GRID, GRID] index of the thing in each cell, -1 where there is background.
+    def grid(self, size: int = GRID, cell: int = CELL) -> list[list[int]]:
+        """[size, size] index of the thing in each cell of so many pixels, -1 where there is background.
 
         A thing owns every cell that its bounding box covers by at least a third, and at least four cells.
         """
-        cells = [[-1] * GRID for _ in range(GRID)]
+        cells = [[-1] * size for _ in range(size)]
         for index, thing in enumerate(self.things):
+            left, right = thing.x - thing.radius, thing.x + thing.radius
+            top, bottom = thing.y - thing.radius, thing.y + thing.radius
             cover = []
-            for row in range(GRID):
-                for column in range(GRID):
-                    wide = min((column + 1) * CELL, thing.x + thing.radius) - max(column * CELL, thing.x - thing.radius)
-                    high = min((row + 1) * CELL, thing.y + thing.radius) - max(row * CELL, thing.y - thing.radius)
-                    cover.append((max(wide, 0.0) * max(high, 0.0) / CELL**2, row, column))
+            for row in range(max(int(top // cell), 0), min(math.ceil(bottom / cell), size)):
+                for column in range(max(int(left // cell), 0), min(math.ceil(right / cell), size)):
+                    wide = min((column + 1) * cell, right) - max(column * cell, left)
+                    high = min((row + 1) * cell, bottom) - max(row * cell, top)
+                    cover.append((wide * high / cell**2, row, column))
             cover.sort(reverse=True)
             for rank, (share, row, column) in enumerate(cover):
                 if share >= 1 / 3 or (rank < 4 and share > 0):
@@ -104,7 +131,12 @@ class Scene:
         return cells
 
 
-def sample(rng: random.Random, held_out: bool = False) -> Scene:
+def held_out(scene: Scene[Thing]) -> bool:
+    """Whether a thing of the scene is one of the HELD_OUT pairs."""
+    return any((thing.colour, thing.shape) in HELD_OUT for thing in scene.things)
+
+
+def sample(rng: random.Random, held_out: bool = False) -> Scene[Thing]:
     """Draw a scene. With `held_out` its first thing is one of the HELD_OUT pairs, otherwise none of them occurs."""
     count = rng.choices((1, 2, 3), weights=(2, 6, 2))[0]
     inside = count == 2 and rng.random() < 0.2
@@ -142,15 +174,20 @@ def _spread(rng: random.Random, pairs: list[tuple[str, str]]) -> tuple[Thing, ..
         size = rng.choice(list(SIZES))
         radius = rng.uniform(*SIZES[size])
         x, y = (rng.uniform(radius + 1, CANVAS - radius - 1) for _ in range(2))
-        for other in things:
-            dx, dy = abs(x - other.x), abs(y - other.y)
-            if max(dx, dy) < radius + other.radius + 1.5:
-                return None
-            if len(pairs) == 2 and max(dx, dy) < 1.4 * min(dx, dy):
-                return None
+        if collides(x, y, radius, things, in_line=len(pairs) == 2):
+            return None
         things.append(Thing(shape, colour, size, x, y, radius))
     things.sort(key=lambda thing: thing.x)
     return tuple(things)
+
+
+def collides(x: float, y: float, radius: float, others: Sequence[Placed], *, in_line: bool) -> bool:
+    """Whether a thing would touch another or, `in_line`, stand askew of it: neither beside it nor above or below."""
+    for other in others:
+        dx, dy = abs(x - other.x), abs(y - other.y)
+        if max(dx, dy) < radius + other.radius + 1.5 or (in_line and max(dx, dy) < 1.4 * min(dx, dy)):
+            return True
+    return False
 
 
 def _distance(shape: str, dx: Tensor, dy: Tensor) -> Tensor:
@@ -173,7 +210,7 @@ def _distance(shape: str, dx: Tensor, dy: Tensor) -> Tensor:
     return (torch.hypot(dx, dy) - 0.75).abs() - 0.25  # ring
 
 
-def _background(name: str, size: int, device: torch.device | str) -> Tensor:
+def background(name: str, size: int, device: torch.device | str) -> Tensor:
     """[3, H, W] values from 0 to 255."""
     plain = {"white": 250.0, "grey": 150.0, "black": 12.0}
     y, x = torch.meshgrid(torch.arange(size, device=device), torch.arange(size, device=device), indexing="ij")
@@ -186,14 +223,14 @@ def _background(name: str, size: int, device: torch.device | str) -> Tensor:
     return level.expand(3, size, size)
 
 
-def render(scenes: Sequence[Scene], seed: int, device: torch.device | str = "cpu") -> Tensor:
+def render(scenes: Sequence[Scene[Thing]], seed: int, device: torch.device | str = "cpu") -> Tensor:
     """Draw scenes with soft edges, a little colour jitter and noise, both from `seed`.
 
     Returns:
         uint8 [B, 3, CANVAS, CANVAS].
     """
     generator = torch.Generator(device=device).manual_seed(seed)
-    backgrounds = {name: _background(name, CANVAS, device) for name in BACKGROUNDS}
+    backgrounds = {name: background(name, CANVAS, device) for name in BACKGROUNDS}
     picture_BCHW = torch.stack([backgrounds[scene.background] for scene in scenes])
     axis = torch.arange(CANVAS, device=device) + 0.5
     for layer in range(max(len(scene.things) for scene in scenes)):

