@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs
 # (the arguments of a Triton kernel have no Python types)
-"""The language-model head and its loss, so that no [R, V] logits ever reach memory and untrained rows cost nothing.
+"""The language-model head and its loss, so that no [R, V] logits stay in memory and untrained rows cost nothing.
 
 For row r, target t and vocabulary entry v, with log2 statistics (e = log2 e):
 
@@ -10,26 +10,26 @@ and backwards, for the upstream gradient g,
 
     z_rv = g_r (2^(x_rv - L_r) - [v = t])      dh_r = sum_v z_rv w_v      dw_v = sum_r z_rv h_r
 
-Forward: a program keeps a tile of rows and walks a run of vocabulary tiles with a running maximum and sum (Milakov and
-Gimelshein, arXiv:1805.02867); a second kernel merges the runs' statistics. Over a tensor-parallel group the maxima
-travel in one all-reduce, the sums and the targets' logits in a second one.
+The gradients are computed with the loss, for g = 1, piece by piece: the logits of some rows (a plain product, which
+torch's cuBLAS computes as fast as the chip allows), their statistics, z in place of them, and from z two more plain
+products. Backward multiplies dh by g row by row, and dw by the one number that all g are where the losses are summed.
+Where they are weighted row by row and the weight learns, dw is computed once more. So there are three products, where
+computing the logits again backwards takes four. Over a tensor-parallel group a piece's maxima travel in one all-reduce,
+its sums and its targets' logits in a second one.
 
-Backward computes the logits again, in pieces of at most PIECE_BYTES: a kernel turns a piece into z, and two plain
-products take it from there. Those are torch's (cuBLAS): nothing is left to fuse, and dh for a tile of rows does not fit
-into registers at D = 4096. They add up in fp32. Pieces are columns where the weight learns, so that each entry of dw is
-one complete sum and only dh is carried along, in fp32; they are rows where it does not, and nothing is carried at all.
+A piece has PIECE_BYTES. Where the weight learns it may be a quarter of the logits, since dw adds up over pieces in its
+own type: four roundings instead of one.
 
-Memory, in elements: forward reads h (R D) and w (V D, once per band of row tiles) and writes the statistics, 2 R per
-run. Saved for backward: h without the ignored rows, w, L. Backward reads them and writes and reads z (R V) piece by
-piece. `vocab_parallel_cross_entropy` reads the logits once each way and saves them with L.
+Memory, in elements: per piece of P rows, P V written and read by the products, read twice and written once in between.
+Saved for backward: dh without the ignored rows, dw, and for a second backward h, w and the targets.
+`vocab_parallel_cross_entropy` reads given logits once each way and saves them with L.
 
-Shapes: R rows, D hidden, V vocabulary on this rank, S runs of vocabulary tiles, M row tile, N vocabulary tile.
+Shapes: R rows, D hidden, V vocabulary on this rank, P rows of a piece.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,104 +39,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlm_kernels import reference
-from vlm_kernels.product import BAND, PROGRAMS, Tiles, aligned, descriptor, options, product, tile_at
 
 INTERPRETED = triton.knobs.runtime.interpret  # as the decorators below read it
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = math.log(2)
-PIECE_BYTES = 64 * 2**20  # of z in backward, not tuned yet: in bf16, 1024 rows of 32768 words are one piece
+PIECE_BYTES = 128 * 2**20  # in bf16, 2048 rows of 32768 words: what cuBLAS multiplies as fast as all rows together
+MOST_PIECES = 4  # that add up in dw
 
 
-# By "fp32?". The widest tile whose accumulator (128 registers of a thread) and softmax fit without a spill on sm_90, as
-# tests/kernels/test_cross_entropy.py compiles it.
-LOGITS = {False: Tiles(128, 256, 64, 8, 3), True: Tiles(32, 32, 32, 4, 2)}
+NONE_IGNORED = -(2**31)  # where ignored rows were left out before
 WORDS = 4096  # logits of one row that a program of the plain loss reads at once
-
-
-# The number of trained rows changes from step to step: neither it nor where a row of statistics then begins may compile
-# a kernel anew.
-@triton.jit(
-    do_not_specialize=["num_rows", "num_words", "num_runs", "run_words", "first_word"],
-    do_not_specialize_on_alignment=["picked_ptr", "top_ptr", "total_ptr"],
-)
-def _statistics_kernel(
-    h, w, target_ptr,  # [R, D], [V, D], [R] int64 into the whole vocabulary
-    top_ptr, total_ptr, picked_ptr,  # fp32 [S, R], [S, R], [R]
-    num_rows, num_words, dim, num_runs, run_words, first_word,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
-):  # fmt: skip
-    row_tile, run = tile_at(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), num_runs, BAND)
-    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = row < num_rows
-    target = tl.load(target_ptr + row, mask=inside, other=0) - first_word
-
-    low = run * run_words
-    high = tl.minimum(low + run_words, num_words)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    picked = tl.zeros([BLOCK_M], tl.float32)
-    for first in tl.range(low, high, BLOCK_N):
-        word = first + tl.arange(0, BLOCK_N)
-        x = product(h, w, row_tile * BLOCK_M, first, dim, BLOCK_M, BLOCK_N, BLOCK_K) * LOG2_E
-        x = tl.where((word < high)[None, :], x, float("-inf"))
-        new_top = tl.maximum(top, tl.max(x, 1))
-        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(x - new_top[:, None]), 1)
-        picked += tl.sum(tl.where(word[None, :] == target[:, None], x, 0.0), 1)
-        top = new_top
-    place = run.to(tl.int64) * num_rows + row
-    tl.store(top_ptr + place, top, mask=inside)
-    tl.store(total_ptr + place, total, mask=inside)
-    tl.store(picked_ptr + row, picked, mask=inside & (target >= low) & (target < high))
-
-
-@triton.jit(
-    do_not_specialize=["num_rows", "num_runs"],
-    do_not_specialize_on_alignment=["top_ptr", "total_ptr", "merged_top_ptr", "merged_total_ptr"],
-)
-def _merge_kernel(
-    top_ptr, total_ptr,  # fp32 [S, R] of the runs
-    merged_top_ptr, merged_total_ptr,  # fp32 [R]
-    num_rows, num_runs,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < num_rows
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for run in tl.range(0, num_runs):
-        place = tl.cast(run, tl.int64) * num_rows + row
-        run_top = tl.load(top_ptr + place, mask=inside, other=0.0)
-        new_top = tl.maximum(top, run_top)
-        run_total = tl.load(total_ptr + place, mask=inside, other=0.0)
-        total = total * tl.exp2(top - new_top) + run_total * tl.exp2(run_top - new_top)
-        top = new_top
-    tl.store(merged_top_ptr + row, top, mask=inside)
-    tl.store(merged_total_ptr + row, total, mask=inside)
-
-
-@triton.jit(do_not_specialize=["num_rows", "first_word"])
-def _logit_gradient_kernel(
-    h, w, target_ptr, lse_ptr, g_ptr,  # [R, D], [V, D], [R] int64, [R] fp32 (log2), [R] fp32
-    z_out,  # [R, V]
-    num_rows, num_words, dim, first_word,
-    PROGRAMS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
-):  # fmt: skip
-    row_tiles = tl.cdiv(num_rows, BLOCK_M)
-    word_tiles = tl.cdiv(num_words, BLOCK_N)
-    for index in tl.range(tl.program_id(0), row_tiles * word_tiles, PROGRAMS, flatten=True):
-        row_tile, word_tile = tile_at(index, row_tiles, word_tiles, BAND)
-        x = product(h, w, row_tile * BLOCK_M, word_tile * BLOCK_N, dim, BLOCK_M, BLOCK_N, BLOCK_K) * LOG2_E
-        row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        word = word_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = row < num_rows
-        target = tl.load(target_ptr + row, mask=inside, other=0) - first_word
-        lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
-        g = tl.load(g_ptr + row, mask=inside, other=0.0)
-        p = tl.exp2(x - lse[:, None])
-        z = g[:, None] * tl.where(word[None, :] == target[:, None], p - 1.0, p)
-        z_out.store([row_tile * BLOCK_M, word_tile * BLOCK_N], z.to(z_out.dtype))
 
 
 @triton.jit(do_not_specialize=["first_word", "ignored"])
@@ -211,7 +124,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, group: Any, ignore_index: int, num_kept: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        group: Any,
+        ignore_index: int,
+        num_kept: int,
+        differentiated: bool,
     ) -> Tensor:
         num_rows = len(hidden)
         kept = None
@@ -220,99 +140,90 @@ class _LinearCrossEntropy(torch.autograd.Function):
             kept = torch.nonzero_static(target != ignore_index, size=num_kept).squeeze(1)
             hidden, target = hidden.index_select(0, kept), target.index_select(0, kept)
         ctx.group, ctx.num_rows = group, num_rows
-        if not num_kept:
-            ctx.save_for_backward(hidden, weight, target, None, None)
-            return hidden.new_zeros(num_rows, dtype=torch.float32)
-        statistics = _statistics(hidden, weight, target, _first_word(len(weight), group))
-        loss, lse = _combine(statistics, len(weight), group)
-        ctx.save_for_backward(hidden, weight, target, kept, lse)
+        ctx.save_for_backward(hidden, weight, target, kept)
+        needed = (differentiated and need for need in ctx.needs_input_grad[:2])
+        loss, ctx.dh, ctx.dw = _loss_and_gradients(hidden, weight, target, group, None, *needed)
         return loss if kept is None else loss.new_zeros(num_rows).index_copy_(0, kept, loss)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, target, kept, lse = ctx.saved_tensors
+        hidden, weight, target, kept = ctx.saved_tensors
         need_h, need_w = ctx.needs_input_grad[:2]
-        if not len(hidden):
-            dh = hidden.new_zeros(ctx.num_rows, hidden.shape[1]) if need_h else None
-            return dh, torch.zeros_like(weight) if need_w else None, None, None, None, None
+        # What a sum hands down is one number, laid out as many; autograd is the one that does so.
+        summed = len(g) > 0 and g.stride(0) == 0
+        scale = g[0] if summed else None
         g = g.contiguous() if kept is None else g.index_select(0, kept)
-        dh, dw = _gradients(hidden, weight, target, lse, g, _first_word(len(weight), ctx.group), need_h, need_w)
+        # In place and only once, which a second backward of the same graph would find multiplied already.
+        dh, dw, ctx.dh, ctx.dw = ctx.dh, ctx.dw, None, None
+        dh = dh.mul_(g.unsqueeze(1)) if dh is not None else None
+        dw = dw.mul_(scale) if dw is not None and scale is not None else None
+        if (need_h and dh is None) or (need_w and dw is None):
+            wanted = (need_h and dh is None, need_w and dw is None)
+            _, again_dh, again_dw = _loss_and_gradients(hidden, weight, target, ctx.group, g, *wanted)
+            dh, dw = again_dh if dh is None else dh, again_dw if dw is None else dw
         if dh is not None:
             if ctx.group is not None and ctx.group.size() > 1:
                 torch.distributed.all_reduce(dh, group=ctx.group)
             if kept is not None:
                 dh = dh.new_zeros(ctx.num_rows, dh.shape[1]).index_copy_(0, kept, dh)
-        return dh, dw, None, None, None, None
+        return dh, dw, None, None, None, None, None
 
 
-def _statistics(hidden: Tensor, weight: Tensor, target: Tensor, first_word: int) -> Tensor:
-    """[3, R] fp32: maximum and sum of the slice's 2^x, and the target's x where the slice holds it, else 0."""
-    (num_rows, dim), num_words = hidden.shape, len(weight)
-    tiles = LOGITS[hidden.dtype == torch.float32]
-    row_tiles, word_tiles = triton.cdiv(num_rows, tiles.block_m), triton.cdiv(num_words, tiles.block_n)
-    # Each program takes a run of words for its row tile. The runs of one band of row tiles fill the GPU once.
-    run_words = tiles.block_n * triton.cdiv(word_tiles, max(PROGRAMS // min(row_tiles, BAND), 1))
-    num_runs = triton.cdiv(num_words, run_words)
-    out = hidden.new_zeros(3, num_rows, dtype=torch.float32)
-    top, total = out.new_empty(2, num_runs, num_rows).unbind()
-    with torch.cuda.device_of(hidden):
-        _statistics_kernel[(row_tiles * num_runs,)](
-            descriptor(hidden, tiles.block_m, tiles.block_k), descriptor(weight, tiles.block_n, tiles.block_k),
-            target, top, total, out[2], num_rows, num_words, dim, num_runs, run_words, first_word, **options(tiles),
-        )  # fmt: skip
-        _merge_kernel[(triton.cdiv(num_rows, 128),)](
-            top, total, out[0], out[1], num_rows, num_runs, BLOCK=128, num_warps=4
-        )
-    return out
-
-
-def _gradients(
-    hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor, g: Tensor, first_word: int, need_h: bool, need_w: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """dh [R, D] (this rank's share) and dw [V, D], each in its tensor's type or None."""
-    (num_rows, dim), num_words = hidden.shape, len(weight)
-    tiles = LOGITS[hidden.dtype == torch.float32]
-    pieces = list(_pieces(num_rows, num_words, hidden.element_size(), tiles, by_word=need_w))
+def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, target: Tensor, group: Any, g: Tensor | None, need_h: bool, need_w: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Losses, fp32 [R], dh [R, D] (this rank's share) and dw [V, D] for g (None: ones), where they are needed."""
+    num_rows, num_words = len(hidden), len(weight)
+    first_word = _first_word(num_words, group)
+    losses = hidden.new_empty(num_rows, dtype=torch.float32)
+    g = torch.ones_like(losses) if g is None else g
     dh = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_h else None
-    dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_w else None
-    carried = hidden.new_zeros(hidden.shape, dtype=torch.float32) if need_h and need_w and len(pieces) > 1 else None
-    for rows, words in pieces:
-        h, w, t = hidden[rows], weight[words], target[rows]
-        z = aligned(h, len(w))
-        grid = (min(PROGRAMS, triton.cdiv(len(h), tiles.block_m) * triton.cdiv(len(w), tiles.block_n)),)
-        with torch.cuda.device_of(hidden):
-            _logit_gradient_kernel[grid](
-                descriptor(h, tiles.block_m, tiles.block_k), descriptor(w, tiles.block_n, tiles.block_k),
-                t, lse[rows], g[rows], descriptor(z, tiles.block_m, tiles.block_n),
-                len(h), len(w), dim, first_word + words.start, PROGRAMS=PROGRAMS, **options(tiles),
-            )  # fmt: skip
+    # Without rows, no piece writes it.
+    new = torch.empty_like if num_rows else torch.zeros_like
+    dw = new(weight, memory_format=torch.contiguous_format) if need_w else None
+    step = max(PIECE_BYTES // (hidden.element_size() * num_words), 1)
+    if need_w:
+        step = max(step, triton.cdiv(num_rows, MOST_PIECES))
+    buffer = hidden.new_empty(min(step, num_rows), num_words)
+    for low in range(0, num_rows, step):
+        rows = slice(low, min(low + step, num_rows))
+        x, t = buffer[: rows.stop - low], target[rows]
+        torch.mm(hidden[rows], weight.T, out=x)
+        losses[rows], lse = _losses(x, t, group, NONE_IGNORED)
+        if dh is None and dw is None:
+            continue
+        _gradient_of_logits(x, t, lse, g[rows], x, first_word, NONE_IGNORED)
+        if dh is not None:
+            torch.mm(x, weight, out=dh[rows])
         if dw is not None:
-            torch.mm(z.T, h, out=dw[words])
-        if carried is not None:
-            _add_product(carried, z, w)
-        elif dh is not None:
-            torch.mm(z, w, out=dh[rows])
-    return (carried.to(hidden.dtype) if carried is not None else dh), dw
+            torch.addmm(dw, x.T, hidden[rows], beta=float(low > 0), out=dw)
+    return losses, dh, dw
 
 
-def _pieces(
-    num_rows: int, num_words: int, element_size: int, tiles: Tiles, by_word: bool
-) -> Iterator[tuple[slice, slice]]:
-    """Slices of rows and words that cover [R, V], each of whole tiles and at most PIECE_BYTES (or one row of tiles)."""
-    whole, split, tile = (num_rows, num_words, tiles.block_n) if by_word else (num_words, num_rows, tiles.block_m)
-    step = max(PIECE_BYTES // (element_size * whole * tile), 1) * tile
-    for low in range(0, split, step):
-        part = slice(low, min(low + step, split))
-        yield (slice(0, num_rows), part) if by_word else (part, slice(0, num_words))
+def _losses(logits: Tensor, target: Tensor, group: Any, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Loss and L, fp32 [R], of a slice of logits [R, V]; ignored rows, which are not read, give anything finite."""
+    num_rows, num_words = logits.shape
+    statistics = logits.new_zeros(3, num_rows, dtype=torch.float32)
+    statistics[1] = 1.0
+    with torch.cuda.device_of(logits):
+        _row_statistics_kernel[(num_rows,)](
+            logits, target, *statistics.unbind(), num_words, logits.stride(0), _first_word(num_words, group),
+            ignore_index, BLOCK=WORDS, num_warps=8,
+        )  # fmt: skip
+    return _combine(statistics, num_words, group)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, float32 throughout though a and b may be narrower."""
-    if a.is_cuda and a.dtype != total.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.float(), b.float())
+def _gradient_of_logits(
+    logits: Tensor, target: Tensor, lse: Tensor, g: Tensor, z: Tensor, first_word: int, ignore_index: int
+) -> None:
+    """z [R, V], contiguous; it may be `logits` itself, since every entry is read once, by who then writes it."""
+    num_rows, num_words = logits.shape
+    with torch.cuda.device_of(logits):
+        _row_gradient_kernel[(num_rows, triton.cdiv(num_words, WORDS))](
+            logits, target, lse, g, z, num_words, logits.stride(0), first_word, ignore_index,
+            BLOCK=WORDS, num_warps=8,
+        )  # fmt: skip
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
@@ -320,31 +231,17 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, group: Any, ignore_index: int) -> Tensor:
-        num_rows, num_words = logits.shape
-        first_word = _first_word(num_words, group)
-        statistics = logits.new_zeros(3, num_rows, dtype=torch.float32)
-        statistics[1] = 1.0
-        with torch.cuda.device_of(logits):
-            _row_statistics_kernel[(num_rows,)](
-                logits, target, *statistics.unbind(), num_words, logits.stride(0), first_word, ignore_index,
-                BLOCK=WORDS, num_warps=8,
-            )  # fmt: skip
-        loss, lse = _combine(statistics, num_words, group)
+        loss, lse = _losses(logits, target, group, ignore_index)
         ctx.save_for_backward(logits, target, lse)
-        ctx.first_word, ctx.ignore_index = first_word, ignore_index
+        ctx.first_word, ctx.ignore_index = _first_word(logits.shape[1], group), ignore_index
         return loss.masked_fill_(target == ignore_index, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, lse = ctx.saved_tensors
-        num_rows, num_words = logits.shape
         z = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        with torch.cuda.device_of(logits):
-            _row_gradient_kernel[(num_rows, triton.cdiv(num_words, WORDS))](
-                logits, target, lse, g.contiguous(), z, num_words, logits.stride(0), ctx.first_word, ctx.ignore_index,
-                BLOCK=WORDS, num_warps=8,
-            )  # fmt: skip
+        _gradient_of_logits(logits, target, lse, g.contiguous(), z, ctx.first_word, ctx.ignore_index)
         return z, None, None, None
 
 
@@ -359,7 +256,7 @@ def _check_layout(**tensors: Tensor) -> None:
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, target: Tensor, *, group: Any = None, ignore_index: int = -100
 ) -> Tensor:
-    """Loss of the language-model head, logsumexp(h W^T) - (h W^T)[target], row by row; logits are never stored.
+    """Loss of the language-model head, logsumexp(h W^T) - (h W^T)[target], row by row; all logits are never stored.
 
     On a CPU this is `reference.linear_cross_entropy`, unless triton was imported with TRITON_INTERPRET=1.
 
@@ -381,7 +278,8 @@ def linear_cross_entropy(
     if hidden.device.type == "cpu" and not INTERPRETED:
         return reference.linear_cross_entropy(hidden, weight, target, group=group, ignore_index=ignore_index)
     _check_layout(hidden=hidden, weight=weight)
-    return _LinearCrossEntropy.apply(hidden, weight, target.contiguous(), group, ignore_index, num_kept)
+    differentiated = torch.is_grad_enabled()  # inside the Function it never is
+    return _LinearCrossEntropy.apply(hidden, weight, target.contiguous(), group, ignore_index, num_kept, differentiated)
 
 
 def vocab_parallel_cross_entropy(
