@@ -5,6 +5,7 @@ from __future__ import annotations
 import model_fixtures as fixtures
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlm import parallel
 from vlm.batch import PackedBatch, pack
@@ -49,6 +50,30 @@ def test_on_the_cpu_the_triton_backend_is_the_torch_backend():
     ours, _ = losses_and_gradients("triton", "float32", weights)
     assert plain.keys() == ours.keys() and len(plain) > 30
     assert all(torch.equal(plain[name], ours[name]) for name in plain)
+
+
+class BiasAdds(TorchDispatchMode):
+    """Counts the sums of a tensor and a vector."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function is torch.ops.aten.add.Tensor:
+            self.count += any(isinstance(x, torch.Tensor) and x.dim() == 1 for x in arguments)
+        return function(*arguments, **(keywords or {}))
+
+
+def test_products_of_a_frozen_vision_model_add_its_biases():
+    model = fixtures.for_kernels("triton")
+    images = batch().images.to(parallel.device())
+    found = {}
+    for trainable in (["vision"], ["projector"]):
+        model.freeze(trainable)
+        with BiasAdds() as adds:
+            found[trainable[0]] = model.image_features(images).detach(), adds.count
+    (learning, apart), (frozen, none) = found.values()
+    assert apart > 0 and none == 0
+    assert difference(frozen.double(), learning.double()) < (2e-2 if GPU else 1e-5)
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")

@@ -185,6 +185,24 @@ class SwiGLU(MegatronModule):
         return type(self).swiglu(x)
 
 
+def bias_in_product(layer: type) -> type:
+    """`layer`, one of megatron-core's parallel linear layers, whose product adds the bias too where nothing learns.
+
+    megatron-core adds it in an operation of its own, 60 us for 16 pictures on an H200, four times per vision layer: 11
+    of 1,025 ms of a pretraining step.
+    """
+    return type(f"BiasIn{layer.__name__}", (_BiasInProduct, layer), {})
+
+
+class _BiasInProduct:
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self.weight, self.bias  # type: ignore[attr-defined]
+        split = self.tp_group.size() > 1  # type: ignore[attr-defined]
+        if bias is None or split or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+            return super().forward(x, *arguments, **options)  # type: ignore[misc]
+        return functional.linear(x, weight, bias), None
+
+
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), as CLIP; megatron-core's (activations.py) compiles for seconds on its first call."""
     return x * torch.sigmoid(1.702 * x)

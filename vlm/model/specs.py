@@ -19,7 +19,7 @@ from torch import Tensor
 
 import vlm_kernels
 from vlm.model import cpu
-from vlm.model.layers import CoreAttention, Layer, Norm, SelfAttention, SwiGLU, residual_add
+from vlm.model.layers import CoreAttention, Layer, Norm, SelfAttention, SwiGLU, bias_in_product, residual_add
 from vlm_kernels import reference
 
 
@@ -79,6 +79,8 @@ class TritonSwiGLU(SwiGLU):
 class TritonSpecs(TorchSpecs):
     """Our kernels. On the CPU they are their plain twins, so this backend then equals `torch`."""
 
+    column_linear = bias_in_product(TorchSpecs.column_linear)
+    row_linear = bias_in_product(TorchSpecs.row_linear)
     self_attention = TritonSelfAttention
     swiglu = TritonSwiGLU
     core_attention = TritonAttention
