@@ -148,3 +148,38 @@ def test_packed_attention(measure, provider, num_tokens, stage):
         flop=sum(2 * n * n for n in lengths) * H * K * (1 if stage == "forward" else 3.5),
         moved_bytes=2 * num_tokens * K * (2 * H + 2 * G) * (1 if stage == "forward" else 3),
     )
+
+
+ERRORS = {
+    "causal": (1000, 2, 8, 2, 128, True, None),
+    "causal-less-than-a-tile": (70, 1, 4, 1, 128, True, None),
+    "causal-K-64": (640, 2, 4, 2, 64, True, None),
+    "CLIP": (577, 4, 4, 4, 64, False, None),
+    "full-K-128": (700, 2, 4, 2, 128, False, None),
+    "packed": (0, 0, 8, 2, 128, True, [600, 37, 128, 1, 700, 129]),
+    "packed-full": (0, 0, 8, 2, 128, False, [600, 37, 128, 1, 700, 129]),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_error(name):
+    """Twice the error of plain PyTorch in bf16, on views of a fused projection; and three times the same bits."""
+    s, b, h, g, k, causal, lengths = ERRORS[name]
+    tokens = (sum(lengths),) if lengths else (s, b)
+    borders = torch.tensor([0, *lengths], device="cuda").cumsum(0).int() if lengths else None
+    torch.manual_seed(0)
+    fused = torch.randn(*tokens, g, h // g + 2, k, device="cuda", dtype=torch.bfloat16)
+    upstream = torch.randn(*tokens, h, k, device="cuda", dtype=torch.bfloat16)
+
+    def run(call, dtype):
+        leaf = fused.to(dtype).requires_grad_()
+        q, key, value = leaf[..., : h // g, :], leaf[..., -2, :], leaf[..., -1, :]
+        out = call(q, key, value, causal=causal, cu_seqlens=borders)
+        return out.detach(), *torch.autograd.grad(out, leaf, upstream.to(dtype))
+
+    exact, plain = run(reference.attention, torch.float64), run(reference.attention, torch.bfloat16)
+    found = [run(attention, torch.bfloat16) for _ in range(3)]
+    for mine, truth, other in zip(found[0], exact, plain, strict=True):
+        ulps = 4 * torch.finfo(torch.bfloat16).eps * truth.abs().max()
+        assert (mine - truth).abs().max() <= 2 * (other - truth).abs().max() + ulps
+    assert all(torch.equal(x, y) for again in found[1:] for x, y in zip(again, found[0], strict=True))

@@ -15,6 +15,9 @@ upstream gradient w and delta_i = o_i . w_i,
 
 where the sums over i of dv and dk run through all H / G query heads of the group.
 
+On Hopper, `vlm_kernels.hopper` computes what training asks for in 16 bits, with fewer products backwards; these kernels
+compute the rest, and everything elsewhere.
+
 Memory, in elements per sequence: forward reads q once and k, v once per query tile (mostly from L2) and writes o
 (S H K) and L (S H, fp32). Saved for backward: q, k, v, o, L. Backward is two kernels and no atomics, so a gradient has
 the same bits every time: one owns query tiles (dq and delta), one owns key tiles (dk, dv). That is seven matrix

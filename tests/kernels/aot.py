@@ -17,6 +17,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -43,6 +45,7 @@ class Compiled:
     spilled_bytes: int  # stored to and loaded from local memory, and the stack
     shared_bytes: int
     hgmma: int  # warp-group matrix instructions in the SASS
+    waits: int  # for such instructions
 
     def __str__(self):
         return (
@@ -67,15 +70,17 @@ def compile_launch(label, kernel, arguments, keywords) -> Compiled:
             signature[name] = TYPES[value.dtype]
             if not kernel.params[position].do_not_specialize_on_alignment:
                 attributes[(position,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
+        elif isinstance(value, TensorDescriptor | GluonDescriptor):
+            layout = f",{value.layout!r}" if isinstance(value, GluonDescriptor) else ""
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}{layout}>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if name not in fixed and value % 16 == 0:
                 attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs, attributes)
+    language = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = language(kernel, signature, constexprs, attributes)
     binary = triton.compile(source, target=HOPPER, options=options)
     return read_back(label, binary)
 
@@ -97,6 +102,7 @@ def read_back(label, binary) -> Compiled:
         spilled_bytes=max(stack, local),
         shared_bytes=metadata.shared,
         hgmma=len(re.findall(r"\bHGMMA\b", sass)),
+        waits=len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass)),
     )
 
 
@@ -129,13 +135,17 @@ def table(compiled: list[Compiled]) -> str:
     return "\n".join([COLUMNS, *map(str, compiled)])
 
 
-def check(compiled: list[Compiled], *, matrix: bool = True) -> None:
-    """No spills, shared memory that a block may have, warp-group matrix instructions where a kernel multiplies."""
+def check(compiled: list[Compiled], *, matrix: bool = True, spilled_bytes: int = 0) -> None:
+    """No spills, shared memory that a block may have, warp-group matrix instructions where a kernel multiplies.
+
+    `spilled_bytes` may be spilled outside of the loops, which only a profile can tell.
+    """
     print(table(compiled), file=sys.stderr)
     for kernel in compiled:
-        assert kernel.spilled_bytes == 0, kernel
+        assert kernel.spilled_bytes <= spilled_bytes, kernel
         assert kernel.shared_bytes <= SHARED_BYTES, kernel
         assert kernel.hgmma > 0 or not matrix, kernel
+        assert kernel.waits < max(kernel.hgmma, 1), f"ptxas puts every product behind the end of the last: {kernel}"
 
 
 RECORD = Path(__file__).parents[2] / "kernels/compiled.txt"

@@ -1,0 +1,112 @@
+"""The kernels that only Hopper runs: what ptxas makes of them, and what they are told about their tiles.
+
+Their errors against fp64 are in kernels/benches/bench_attention.py, since no interpreter runs Gluon.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+
+import aot
+import pytest
+import torch
+
+from vlm_kernels import hopper
+from vlm_kernels.hopper import tiles
+
+FORWARD, BACKWARD = (importlib.import_module(f"vlm_kernels.hopper.{name}") for name in ("forward", "backward"))
+BF16, FP16 = torch.bfloat16, torch.float16
+COMPILED = {
+    "bf16 K=64 full (CLIP)": (577, 32, 16, 1, 64, False, BF16, None),
+    "bf16 K=128 causal (Mistral)": (4096, 2, 8, 4, 128, True, BF16, None),
+    "bf16 K=128 causal packed": (1300, 1, 8, 4, 128, True, BF16, [600, 700]),
+    "fp16 K=64 causal packed": (1300, 1, 8, 4, 64, True, FP16, [600, 700]),
+    "bf16 K=128 full": (1024, 4, 8, 4, 128, False, BF16, None),
+}
+
+
+def projection(length, batch, groups, per_group, head_dim, dtype, packed):
+    """Queries, keys and values as views of a fused projection."""
+    tokens = (length,) if packed else (length, batch)
+    fused = torch.empty(*tokens, groups, per_group + 2, head_dim, dtype=dtype)
+    return fused[..., :per_group, :], fused[..., -2, :], fused[..., -1, :]
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("label", COMPILED)
+def test_compiles_for_hopper(label, monkeypatch):
+    """Without spills forwards; backwards a few words are spilled around the loops, none within (by ncu on an H200)."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    length, batch, groups, per_group, head_dim, causal, dtype, lengths = COMPILED[label]
+    q, k, v = projection(length, batch, groups, per_group, head_dim, dtype, lengths is not None)
+    borders = torch.tensor([0, *lengths]).cumsum(0).int() if lengths else None
+    out = torch.empty(*q.shape[:-3], groups * per_group, head_dim, dtype=dtype)
+    lse = torch.empty(batch, groups * per_group, length)
+    name = f"hopper {label}"
+
+    def backward():
+        hopper.attention_backward(q, k, v, out, lse, torch.empty_like(out), causal, borders, 0.1)
+
+    forwards = aot.compile_launches(
+        name, FORWARD, lambda: hopper.attention_forward(q, k, v, causal, borders, softmax_scale=0.1)
+    )
+    backwards = aot.compile_launches(name, BACKWARD, backward)
+    assert [x.name.split()[0] for x in forwards] == ["forward_kernel"]
+    assert [x.name.split()[0] for x in backwards] == ["delta_kernel", "backward_kernel", "scale_kernel"]
+    aot.check(forwards)
+    aot.check([backwards[1]], spilled_bytes=160)
+    aot.check([backwards[0], backwards[2]], matrix=False)
+    aot.check_recorded([*forwards, *backwards])
+
+
+def test_tables_of_a_pack_hold_every_row_once():
+    borders = torch.tensor([0, 300, 301, 429]).int()
+    table, ordered = (tiles.table_of(borders, longest_first) for longest_first in (False, True))
+    rows = [start + tile * tiles.TILE for start, _, tile in table.tolist()]
+    assert rows == [0, 128, 256, 300, 301]
+    assert [length for _, length, _ in table.tolist()] == [300, 300, 300, 1, 128]
+    assert sorted(ordered.tolist()) == sorted(table.tolist())
+    assert [tile for _, _, tile in ordered.tolist()] == [2, 1, 0, 0, 0]
+
+
+def test_tables_are_made_anew_when_the_borders_change():
+    borders = torch.tensor([0, 300]).int()
+    assert tiles.table_of(borders, False) is not None and len(tiles.table_of(borders, False)) == 3
+    borders[1] = 500
+    assert len(tiles.table_of(borders, False)) == 4
+    with torch.inference_mode():
+        borders = torch.tensor([0, 100]).int()
+        assert len(tiles.table_of(borders, False)) == 1
+        borders[1] = 200
+        assert len(tiles.table_of(borders, False)) == 2
+
+
+def test_a_head_is_columns_of_a_matrix_of_rows():
+    q, k, _ = projection(9, 3, 2, 4, 64, BF16, False)
+    descriptor, strides = tiles.rows_of(k, 8), tiles.strides_of(q=q, k=k)
+    matrix = k.as_strided(descriptor.shape, descriptor.strides)
+    column = 2 * strides["stride_kb"] + 1 * strides["stride_kh"]
+    torch.manual_seed(0)
+    k.copy_(torch.randn(k.shape))
+    assert torch.equal(matrix[:, column : column + 64], k[:, 2, 1])
+    assert strides["stride_qg"] == q.stride(2) and strides["stride_qh"] == q.stride(3)
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        pytest.param(torch.empty(4, 2, 64, dtype=BF16), True, id="contiguous"),
+        pytest.param(torch.empty(4, 2, 65, dtype=BF16)[..., :64], False, id="rows-of-130-words"),
+        pytest.param(torch.empty(2 * 64 + 1, dtype=BF16)[1:].view(1, 2, 64), False, id="first-word-unaligned"),
+        pytest.param(torch.empty(1, 2, 64, dtype=BF16).expand(4, 2, 64), False, id="one-row-for-all"),
+        pytest.param(torch.empty(64, 2, 4, dtype=BF16).permute(2, 1, 0), False, id="columns-first"),
+    ],
+)
+def test_what_the_copy_engine_can_address(x, expected):
+    assert tiles.copyable(x) is expected
+
+
+def test_without_hopper_the_portable_kernels_run():
+    q, k, v = projection(128, 1, 2, 1, 64, BF16, False)
+    assert not hopper.usable(q, k, v, True, None, None)
