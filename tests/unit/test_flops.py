@@ -99,9 +99,10 @@ def test_the_full_recipe_is_of_the_known_size():
         flops.count(*sizes, projector_size=4096, feature_layer=-1, trainable=STAGES[stage])
         for stage in ("sft", "pretrain")
     )
-    assert sft.per_token == 6 * 32 * (4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336)
-    assert sft.per_token == pytest.approx(6 * 6.98e9, rel=1e-3)
-    assert sft.per_trained_token == 6 * 4096 * 32768
+    last = 4096 * 4096 + 3 * 4096 * 14336  # of the last layer, after its attention
+    assert sft.per_token == 6 * (32 * (4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336) - last)
+    assert sft.per_token == pytest.approx(6 * (6.98e9 - last), rel=1e-3)
+    assert sft.per_trained_token == 6 * (last + 4096 * 32768)
     assert pretrain.per_token * 3 == sft.per_token * 2, "a frozen model has no weight gradients"
     # timm's table of models has 191.1 G multiply-adds for a ViT-L/14 at 336 pixels.
     assert pytest.approx(sft.per_image - 2 * 576 * (2 * 1024 * 4096 + 3 * 4096**2), rel=0.01) == 2 * 191e9

@@ -35,13 +35,13 @@ class StepFlops:
     """What a training step costs, forward and backward, by what is in it. Made by `count`."""
 
     per_token: int
-    """Linear layers of the language model."""
+    """Linear layers of the language model, but those of the last layer that follow its attention."""
     per_pair: int
     """Attention of the language model, per pair of a query and a key that it sees."""
     per_image: int
     """Vision model and projector."""
     per_trained_token: int
-    """Head of the language model."""
+    """What only trained tokens need: the last layer after its attention, and the head."""
 
     def __call__(self, *, tokens: int, pairs: int, images: int, trained_tokens: int) -> int:
         """The sum over a step. `pairs` is the sum of L (L + 1) / 2 over samples of L tokens."""
@@ -79,20 +79,18 @@ def count(
     # Something learns, and the language model comes last: gradients flow through all of it, down to its embedding.
     through = times("language", True)
     head_channels = language.num_heads * language.head_dim
-    weights = language.num_layers * (
-        language.hidden_size * (2 * head_channels + 2 * language.num_kv_heads * language.head_dim)
-        + 3 * language.hidden_size * language.ffn_hidden_size
-    )
+    before = language.hidden_size * (head_channels + 2 * language.num_kv_heads * language.head_dim)
+    after = language.hidden_size * (head_channels + 3 * language.ffn_hidden_size)
     patches = vision.num_image_tokens
     encoder = _blocks(vision, feature_layer) * times("vision", learns["vision"])
     encoder += 2 * patches * 3 * vision.patch_size**2 * vision.hidden_size * times("vision", False)
     projector = 2 * patches * vision.hidden_size * projector_size * times("projector", learns["vision"])
     projector += 2 * patches * projector_size * language.hidden_size * times("projector", up_to_projector)
     return StepFlops(
-        per_token=2 * weights * through,
+        per_token=2 * (language.num_layers * before + (language.num_layers - 1) * after) * through,
         per_pair=2 * 2 * language.num_layers * head_channels * 3,  # attention's products: two inputs with gradients
         per_image=encoder + projector,
-        per_trained_token=2 * language.hidden_size * language.vocab_size * through,
+        per_trained_token=2 * (after + language.hidden_size * language.vocab_size) * through,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlm.model.cache import KeyValueCache, Tokens
-from vlm.model.layers import rotary_table
+from vlm.model.layers import PackedSequence, rotary_table
 from vlm.model.sizes import LanguageSizes
 from vlm.model.specs import TorchSpecs
 
@@ -59,7 +58,7 @@ class LanguageModel(GPTModel):
         embeddings_SBD: Tensor | None,
         positions_BS: Tensor,
         *,
-        packed: PackedSeqParams | None = None,
+        packed: PackedSequence | None = None,
         cached: Tokens | None = None,
     ) -> Tensor:
         """Run the layers.
@@ -67,11 +66,12 @@ class LanguageModel(GPTModel):
         Args:
             embeddings_SBD: None on a pipeline stage that receives its input.
             positions_BS: int64, for rotation only; attention follows the order of the sequence.
-            packed: borders of the samples where B = 1 sequence holds many.
+            packed: borders of the samples where B = 1 sequence holds many, and which rows are wanted.
             cached: in generation, where these tokens belong in a cache; see `cache`.
 
         Returns:
-            [S, B, D], normed on the last pipeline stage; sharded along S under sequence parallelism.
+            [S, B, D], or [R, 1, D] of the wanted rows, normed on the last pipeline stage; sharded along S under
+            sequence parallelism.
         """
         if embeddings_SBD is not None and self.config.sequence_parallel:
             embeddings_SBD = scatter_to_sequence_parallel_region(embeddings_SBD)
@@ -91,6 +91,7 @@ class LanguageModel(GPTModel):
         """Cross-entropy, float32 [R], of the flat rows s * B + b alone: the head never sees the others.
 
         Under sequence parallelism `hidden_SBD` is this rank's share of the sequence, and only the chosen rows travel.
+        Otherwise it is [R, 1, D], since the last layer computed no others.
         """
         hidden_TD = hidden_SBD.flatten(0, 1)
         if self.config.sequence_parallel:
@@ -100,7 +101,7 @@ class LanguageModel(GPTModel):
             # The loss returns the complete gradient on every rank; each takes that of its own rows.
             chosen_RD = reduce_from_tensor_model_parallel_region(chosen_RD)
         else:
-            chosen_RD = hidden_TD.index_select(0, rows_R)
+            chosen_RD = hidden_TD
         return self._specs.linear_cross_entropy(chosen_RD, self._head(), targets_R, group=self.pg_collection.tp)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -134,9 +135,10 @@ def numbered(metadata: dict[str, Any] | None) -> dict[str, Any]:
     return {**(metadata or {}), "non_homogeneous_layers": True}
 
 
-def packed_sequence(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
-    """megatron-core's description of samples laid one after the other."""
-    return PackedSeqParams(
+def packed_sequence(cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None = None) -> PackedSequence:
+    """Samples laid one after the other, of which these `rows` [R] are wanted, or all."""
+    return PackedSequence(
+        rows=rows,
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -109,8 +110,10 @@ class SelfAttention(core.SelfAttention):
         inference_context: Tokens | None = None,
         rotary_pos_emb: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        rows: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """As megatron-core's; of these `rows` [R] alone, if given: [R, 1, D]."""
         assert attention_mask is None, "masks are given by borders and ranges"
         query, key, value = self._heads(hidden_states, rotary_pos_emb)
         key_ranges = None
@@ -122,7 +125,7 @@ class SelfAttention(core.SelfAttention):
         out = self.core_attention(query, key, value, packed_seq_params=packed_seq_params, key_ranges=key_ranges)
         if packed_seq_params is not None:
             out = out.unsqueeze(1)
-        return self.linear_proj(out)
+        return self.linear_proj(out if rows is None else out.index_select(0, rows))
 
     def _heads(self, hidden_states: Tensor, rotary_pos_emb: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """[S, B, D] to query [S, B, G, H / G, K], key and value [S, B, G, K] of this rank: views of one tensor."""
@@ -135,13 +138,33 @@ class SelfAttention(core.SelfAttention):
         return type(self).rotate_heads(mixed, rotary_pos_emb)
 
 
+@dataclass
+class PackedSequence(PackedSeqParams):
+    """megatron-core's description of samples laid one after the other, and what is wanted of them."""
+
+    rows: Tensor | None = None
+    """int64 [R]: the tokens whose activations are needed after the last layer; None for all."""
+
+
 class Layer(TransformerLayer):
     """megatron-core's layer without its habit of turning gradients on around residual adds (transformer_layer.py:431),
-    which starts a graph inside `torch.no_grad()` wherever a bias is a trainable parameter."""
+    which starts a graph inside `torch.no_grad()` wherever a bias is a trainable parameter.
+
+    The last layer goes on after its attention with the wanted rows alone: in pretraining, where 6 % of the tokens are
+    trained, that spares 2.6 % of the language model's products.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.bias_dropout_add_exec_handler = contextlib.nullcontext
+
+    def _forward_attention(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, None]:
+        packed = options.get("packed_seq_params")
+        rows = packed.rows if isinstance(packed, PackedSequence) else None
+        if rows is None or self.layer_number < self.config.num_layers:
+            return super()._forward_attention(hidden_states, *arguments, **options)
+        mixed = self.self_attention(self.input_layernorm(hidden_states), rows=rows, **options)
+        return _residual_add(mixed, hidden_states.index_select(0, rows), 0.0), None
 
 
 def rotary_table(

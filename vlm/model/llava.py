@@ -75,14 +75,18 @@ class Llava(MegatronModule):
         Raises:
             ValueError: pictures of another size than the vision model's, or not as many as the positions say.
         """
-        hidden_SBD = self.hidden(batch)
+        rows_R = batch.trained_positions
+        # Shards of a sequence cannot choose: each rank would have another number of rows.
+        hidden_SBD = self.hidden(batch, rows=None if self.config.sequence_parallel else rows_R)
         if not self.post_process:
             return hidden_SBD
-        rows_R = batch.trained_positions
         return self.language_model.losses(hidden_SBD, rows_R, batch.labels_S.index_select(0, rows_R))
 
-    def hidden(self, batch: PackedBatch, cached: Tokens | None = None) -> Tensor:
-        """Activations [S, 1, D] of one packed sequence after this stage's layers; `cached` if they are to be kept."""
+    def hidden(self, batch: PackedBatch, *, cached: Tokens | None = None, rows: Tensor | None = None) -> Tensor:
+        """Activations [S, 1, D] of one packed sequence after this stage's layers; `cached` if they are to be kept.
+
+        After the last layer [R, 1, D] of these `rows` [R], if given.
+        """
         embeddings_SBD = None
         if self.pre_process:
             tokens_SD = self.language_model.embed(batch.tokens_S.unsqueeze(0)).flatten(0, 1)
@@ -90,7 +94,7 @@ class Llava(MegatronModule):
         return self.language_model.hidden(
             embeddings_SBD,
             batch.positions_S.unsqueeze(0),
-            packed=packed_sequence(batch.cu_seqlens, batch.max_seqlen),
+            packed=packed_sequence(batch.cu_seqlens, batch.max_seqlen, rows),
             cached=cached,
         )
 
@@ -138,7 +142,7 @@ class Llava(MegatronModule):
         """
         self._check_layout()
         with torch.no_grad():
-            hidden_TD = self.hidden(prompts, tokens).squeeze(1)
+            hidden_TD = self.hidden(prompts, cached=tokens).squeeze(1)
             return self.language_model.logits(hidden_TD[prompts.cu_seqlens[1:].long() - 1])
 
     def step(self, tokens_B: Tensor, cache: KeyValueCache) -> Tensor:
