@@ -13,15 +13,16 @@ and backwards, for the upstream gradient g,
 The gradients are computed with the loss, for g = 1, piece by piece: the logits of some rows (a plain product, which
 torch's cuBLAS computes as fast as the chip allows), their statistics, z in place of them, and from z two more plain
 products. Backward multiplies dh by g row by row, and dw by the one number that all g are where the losses are summed.
-Where they are weighted row by row and the weight learns, dw is computed once more. So there are three products, where
-computing the logits again backwards takes four. Over a tensor-parallel group a piece's maxima travel in one all-reduce,
-its sums and its targets' logits in a second one.
+Where they are weighted row by row and the weight learns, all is computed once more; but where one piece holds all rows,
+z is kept instead of dw, and takes any g. So there are three products, where computing the logits again backwards takes
+four. Over a tensor-parallel group a piece's maxima travel in one all-reduce, its sums and its targets' logits in a
+second one.
 
 A piece has PIECE_BYTES. Where the weight learns it may be a quarter of the logits, since dw adds up over pieces in its
 own type: four roundings instead of one.
 
-Memory, in elements: per piece of P rows, P V written and read by the products, read twice and written once in between.
-Saved for backward: dh without the ignored rows, dw, and for a second backward h, w and the targets.
+Memory, in elements: per piece of P rows, P V written and read by the products, read and written once in between.
+Saved for backward: dh without the ignored rows, dw or z, and for a second backward h, w and the targets.
 `vocab_parallel_cross_entropy` reads given logits once each way and saves them with L.
 
 Shapes: R rows, D hidden, V vocabulary on this rank, P rows of a piece.
@@ -30,7 +31,7 @@ Shapes: R rows, D hidden, V vocabulary on this rank, P rows of a piece.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -81,6 +82,42 @@ def _row_statistics_kernel(
     mine = (local >= 0) & (local < num_words)
     picked = tl.load(x_ptr + row * stride_x + local, mask=mine, other=0.0).to(tl.float32) * LOG2_E
     tl.store(picked_ptr + row, picked)
+
+
+@triton.jit
+def _row_kernel(
+    x_ptr, target_ptr, g_ptr,  # [R, V], in whose place z is written, [R] int64, [R] fp32
+    loss_ptr,  # fp32 [R]
+    num_words, stride_x,
+    BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Where one rank has the whole vocabulary: a row's statistics, then z, for which the L2 cache still has the row."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    x_ptr += row * stride_x
+    # Before the sums below, at which all threads meet: z takes its place afterwards.
+    picked = tl.load(x_ptr + target).to(tl.float32) * LOG2_E
+    column = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in tl.range(0, num_words, BLOCK):
+        word = first + column
+        x = tl.load(x_ptr + word, mask=word < num_words, other=float("-inf")).to(tl.float32) * LOG2_E
+        new_top = tl.maximum(top, x)
+        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - anchor) + tl.exp2(x - anchor)
+        top = new_top
+    row_top = tl.max(top, 0)
+    log_sum = tl.log2(tl.sum(total * tl.exp2(top - row_top), 0))
+    tl.store(loss_ptr + row, (row_top - picked + log_sum) / LOG2_E)
+    if GRADIENT:
+        g = tl.load(g_ptr + row)
+        for first in tl.range(0, num_words, BLOCK):
+            word = first + column
+            x = tl.load(x_ptr + word, mask=word < num_words, other=0.0).to(tl.float32) * LOG2_E
+            p = tl.exp2(x - (row_top + log_sum))
+            z = g * tl.where(word == target, p - 1.0, p)
+            tl.store(x_ptr + word, z.to(x_ptr.dtype.element_ty), mask=word < num_words)
 
 
 @triton.jit(do_not_specialize=["first_word", "ignored"])
@@ -140,28 +177,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
             kept = torch.nonzero_static(target != ignore_index, size=num_kept).squeeze(1)
             hidden, target = hidden.index_select(0, kept), target.index_select(0, kept)
         ctx.group, ctx.num_rows = group, num_rows
+        needed = [differentiated and need for need in ctx.needs_input_grad[:2]]
+        loss, ctx.found = _loss_and_gradients(hidden, weight, target, group, None, *needed)
         ctx.save_for_backward(hidden, weight, target, kept)
-        needed = (differentiated and need for need in ctx.needs_input_grad[:2])
-        loss, ctx.dh, ctx.dw = _loss_and_gradients(hidden, weight, target, group, None, *needed)
         return loss if kept is None else loss.new_zeros(num_rows).index_copy_(0, kept, loss)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, target, kept = ctx.saved_tensors
-        need_h, need_w = ctx.needs_input_grad[:2]
         # What a sum hands down is one number, laid out as many; autograd is the one that does so.
         summed = len(g) > 0 and g.stride(0) == 0
-        scale = g[0] if summed else None
+        scale = g[:1].contiguous() if summed else None
         g = g.contiguous() if kept is None else g.index_select(0, kept)
         # In place and only once, which a second backward of the same graph would find multiplied already.
-        dh, dw, ctx.dh, ctx.dw = ctx.dh, ctx.dw, None, None
-        dh = dh.mul_(g.unsqueeze(1)) if dh is not None else None
-        dw = dw.mul_(scale) if dw is not None and scale is not None else None
-        if (need_h and dh is None) or (need_w and dw is None):
-            wanted = (need_h and dh is None, need_w and dw is None)
-            _, again_dh, again_dw = _loss_and_gradients(hidden, weight, target, ctx.group, g, *wanted)
-            dh, dw = again_dh if dh is None else dh, again_dw if dw is None else dw
+        found, ctx.found = ctx.found, None
+        if found is None or (found.dw is not None and scale is None):
+            needed = ctx.needs_input_grad[:2]
+            _, found = _loss_and_gradients(hidden, weight, target, ctx.group, g, *needed)
+            g, scale = None, None
+        dh, dw = found.dh, found.dw
+        if dh is not None and g is not None:
+            dh.mul_(g.unsqueeze(1))
+        if found.z is not None:
+            dw = torch.mm(found.z.T, hidden if g is None else hidden * g.unsqueeze(1).to(hidden.dtype))
+        elif dw is not None and scale is not None:
+            dw.mul_(scale)
         if dh is not None:
             if ctx.group is not None and ctx.group.size() > 1:
                 torch.distributed.all_reduce(dh, group=ctx.group)
@@ -170,35 +211,52 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dh, dw, None, None, None, None, None
 
 
+class _Found(NamedTuple):
+    """Gradients that the forward pass found; of the weight's, where all rows were one piece, z [R, V] instead."""
+
+    dh: Tensor | None
+    dw: Tensor | None
+    z: Tensor | None
+
+
 def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, target: Tensor, group: Any, g: Tensor | None, need_h: bool, need_w: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Losses, fp32 [R], dh [R, D] (this rank's share) and dw [V, D] for g (None: ones), where they are needed."""
+) -> tuple[Tensor, _Found]:
+    """Losses, fp32 [R], and for g (None: ones) dh [R, D] (this rank's share) and dw [V, D], where they are needed."""
     num_rows, num_words = len(hidden), len(weight)
-    first_word = _first_word(num_words, group)
     losses = hidden.new_empty(num_rows, dtype=torch.float32)
     g = torch.ones_like(losses) if g is None else g
-    dh = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_h else None
-    # Without rows, no piece writes it.
-    new = torch.empty_like if num_rows else torch.zeros_like
-    dw = new(weight, memory_format=torch.contiguous_format) if need_w else None
     step = max(PIECE_BYTES // (hidden.element_size() * num_words), 1)
     if need_w:
         step = max(step, triton.cdiv(num_rows, MOST_PIECES))
-    buffer = hidden.new_empty(min(step, num_rows), num_words)
+    dh = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_h else None
+    whole = need_w and num_rows <= step
+    dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_w and not whole else None
+    x = hidden.new_empty(min(step, num_rows), num_words)
     for low in range(0, num_rows, step):
         rows = slice(low, min(low + step, num_rows))
-        x, t = buffer[: rows.stop - low], target[rows]
-        torch.mm(hidden[rows], weight.T, out=x)
-        losses[rows], lse = _losses(x, t, group, NONE_IGNORED)
-        if dh is None and dw is None:
-            continue
-        _gradient_of_logits(x, t, lse, g[rows], x, first_word, NONE_IGNORED)
+        h, t, x = hidden[rows], target[rows], x[: rows.stop - low]
+        torch.mm(h, weight.T, out=x)
+        _loss_of_piece(x, t, g[rows], losses[rows], group, need_h or need_w)
         if dh is not None:
             torch.mm(x, weight, out=dh[rows])
         if dw is not None:
-            torch.addmm(dw, x.T, hidden[rows], beta=float(low > 0), out=dw)
-    return losses, dh, dw
+            torch.addmm(dw, x.T, h, beta=float(low > 0), out=dw)
+    return losses, _Found(dh, dw, x if whole else None)
+
+
+def _loss_of_piece(logits: Tensor, target: Tensor, g: Tensor, losses: Tensor, group: Any, gradient: bool) -> None:
+    """Losses of the rows of [R, V] logits, whose place z takes if `gradient`."""
+    if group is None or group.size() == 1:
+        with torch.cuda.device_of(logits):
+            _row_kernel[(len(logits),)](
+                logits, target, g, losses, logits.shape[1], logits.stride(0), BLOCK=WORDS, GRADIENT=gradient,
+                num_warps=8,
+            )  # fmt: skip
+        return
+    losses[:], lse = _losses(logits, target, group, NONE_IGNORED)
+    if gradient:
+        _gradient_of_logits(logits, target, lse, g, logits, _first_word(logits.shape[1], group), NONE_IGNORED)
 
 
 def _losses(logits: Tensor, target: Tensor, group: Any, ignore_index: int) -> tuple[Tensor, Tensor]:
