@@ -163,8 +163,11 @@ def check_cluster(jobs):
 
 
 def check_start():
-    """Refuse what this run's executor cannot do, before its first job; errors as those of `check_cluster`."""
+    """Refuse what this run's executor or a missing image cannot do, before the first job; errors as those of
+    `check_cluster`."""
     jobs = list(workflow.dag.needrun_jobs())
+    if CONTAINED and not Path(IMAGE).exists():
+        raise WorkflowError(f"{IMAGE}: there is no such image in this folder; docs/cluster.md says how to build it")
     if submits():
         check_cluster([job for job in jobs if not job.is_local])
     elif CONFIG.parallel.nodes > 1 and any(job.rule.name == "train" for job in jobs):
