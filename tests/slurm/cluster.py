@@ -162,7 +162,7 @@ class Cluster:
         self.start_controller()
         for node in self.nodes:
             self.start_node(node)
-        self._await(lambda: len(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == len(self.nodes))
+        self._await(lambda: set(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == set(self.nodes))
 
     def _daemon(self, *command: str) -> None:
         variables = {**self.environment, "SLURM_CONF": str(self.folder / "slurm.conf")}
