@@ -19,7 +19,6 @@ NEEDS = {
     "shard": {"cpus_per_task": 8, "mem_mb": 16000, "runtime": 8 * 60},
     "index": {"cpus_per_task": 4, "mem_mb": 8000, "runtime": 4 * 60},
     "score": {"cpus_per_task": 2, "mem_mb": 8000, "runtime": 2 * 60},
-    "report": {"cpus_per_task": 2, "mem_mb": 8000, "runtime": 60},
     "bench": {"cpus_per_task": 8, "mem_mb": 64000, "runtime": 24 * 60, "gres": "gpu:1"},
 }
 """Steps whose needs do not depend on the models."""
