@@ -1,5 +1,5 @@
 # demo: the whole recipe in miniature    test: the tests    check: style, types, layers, generated files
-# chaos: kills a training at random    slurm: disturbs SLURM jobs    bench: the kernels
+# chaos: kills a training at random    slurm: the miniature as SLURM jobs, and jobs disturbed    bench: the kernels
 # clean: remove the environment, the caches and the miniature's results (no other run's)
 .PHONY: demo test chaos slurm check bench clean
 
@@ -32,7 +32,7 @@ test: $(INSTALLED)
 chaos: $(INSTALLED)
 	OMP_NUM_THREADS=1 pytest -m chaos -s tests/chaos
 
-# Needs root and the packages slurm-wlm and munge, else it is skipped: a cluster of virtual nodes on this machine.
+# Needs root and the packages slurm-wlm and munge, else it is skipped: a cluster of virtual nodes on this machine. An hour.
 slurm: $(INSTALLED)
 	OMP_NUM_THREADS=1 pytest -m 'slurm or slurm_long' tests/slurm
 
