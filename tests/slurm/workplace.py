@@ -70,9 +70,10 @@ class Workplace:
         )
 
     def start(self, *arguments: str, profile: str = "cluster") -> subprocess.Popen[bytes]:
+        """It hears SIGINT, also where the tests run in the background of a shell, which ignores it."""
         with open(self.folder / "snakemake.log", "a") as log:
             return subprocess.Popen(
-                self.command(*arguments, profile=profile),
+                ["env", "--default-signal=INT", *self.command(*arguments, profile=profile)],
                 cwd=self.folder,
                 env=self.environment,
                 stdout=log,
