@@ -32,7 +32,7 @@ test: $(INSTALLED)
 chaos: $(INSTALLED)
 	OMP_NUM_THREADS=1 pytest -m chaos -s tests/chaos
 
-# Needs root and the packages slurm-wlm and munge, else it is skipped: a cluster of virtual nodes on this machine. An hour.
+# Needs root and the packages slurm-wlm and munge, else it is skipped: a cluster of virtual nodes on this machine.
 slurm: $(INSTALLED)
 	OMP_NUM_THREADS=1 pytest -m 'slurm or slurm_long' tests/slurm
 
