@@ -5,6 +5,8 @@
 FROM nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
 
 # Python 3.12 is Ubuntu's; git names the commit in reports; the compiler and Python's headers are for Triton's launchers.
+# Ubuntu keeps one version of a package, so that a pinned one would soon be gone.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends build-essential git python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*

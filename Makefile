@@ -1,5 +1,5 @@
 # demo: the whole recipe in miniature    test: the tests    check: style, types, layers, generated files
-# chaos: kills a training at random    slurm: disturbs SLURM jobs    bench: the kernels
+# chaos: kills a training at random    slurm: the miniature as SLURM jobs, and jobs disturbed    bench: the kernels
 # clean: remove the environment, the caches and the miniature's results (no other run's)
 .PHONY: demo test chaos slurm check bench clean
 

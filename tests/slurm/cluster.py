@@ -28,6 +28,8 @@ import psutil
 DEFAULT_CONFIG = Path("/etc/slurm/slurm.conf")
 MARK = "VLM_TEST_CLUSTER"
 PARTITION = "main"
+URGENT = "urgent"
+"""The partition whose jobs take the nodes of the other's."""
 _START_SECONDS = 30.0
 
 CONFIG = """\
@@ -57,7 +59,10 @@ SlurmdTimeout=20
 MessageTimeout=10
 NodeName=n[1-{nodes}] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{ports}] CPUs={cpus} RealMemory={memory_mb} \
 Gres=gpu:{gpus}
-PartitionName={partition} Nodes=ALL Default={default} MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName={partition} Nodes=ALL Default={default} MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName={urgent} Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -79,7 +84,7 @@ class Cluster:
         folder: new; keeps configuration, state and logs. Its path must be short: it holds a socket.
         gpus: of each node; character devices that are copies of /dev/null.
         kill_wait: seconds between SIGTERM and SIGKILL at the end of a job.
-        default: whether the only partition, `main`, is where jobs go that name none.
+        default: whether the partition `main` is where jobs go that name none.
     """
 
     def __init__(
@@ -104,6 +109,7 @@ class Cluster:
             "kill_wait": kill_wait,
             "default": "YES" if default else "NO",
             "partition": PARTITION,
+            "urgent": URGENT,
             "folder": self.folder,
         }
 
@@ -156,7 +162,7 @@ class Cluster:
         self.start_controller()
         for node in self.nodes:
             self.start_node(node)
-        self._await(lambda: len(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == len(self.nodes))
+        self._await(lambda: set(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == set(self.nodes))
 
     def _daemon(self, *command: str) -> None:
         variables = {**self.environment, "SLURM_CONF": str(self.folder / "slurm.conf")}
@@ -195,6 +201,9 @@ class Cluster:
         text = self.run("scontrol", "show", "job", "--oneliner")
         fields = [dict(field.split("=", 1) for field in line.split() if "=" in field) for line in text.splitlines()]
         return sorted((job for job in fields if "JobId" in job), key=lambda job: int(job["JobId"]))
+
+    def state(self, job: str) -> str:
+        return next(one["JobState"] for one in self.jobs() if one["JobId"] == job)
 
     def stop(self) -> None:
         assert self._guard.stdin is not None

@@ -7,8 +7,9 @@ import subprocess
 import time
 
 import pytest
-from cluster import Cluster
-from training import Made, Run, wait_until
+from cluster import URGENT, Cluster
+from training import Made, Run
+from workplace import wait_until
 
 pytestmark = pytest.mark.slurm_long
 
@@ -48,6 +49,22 @@ def test_requeued(run: Run, cluster: Cluster) -> None:
     cluster.run("scontrol", "requeue", run.training_job()["JobId"])
     finish(run, snakemake)
     assert len(run.jobs()) == 1 and run.jobs()[0]["Restarts"] == "1"
+
+
+def test_preempted(run: Run, cluster: Cluster) -> None:
+    """A job of a partition of higher priority takes both nodes: asked to save, put back into the queue, gone on."""
+    run.write_profile(retries=0)
+    snakemake = run.start("pretrain")
+    run.await_checkpoint()
+    job = run.training_job()["JobId"]
+    urgent = cluster.run(
+        "sbatch", "--parsable", "-p", URGENT, "--nodes=2", "--exclusive", "-o/dev/null", "--wrap=sleep 5"
+    )
+    wait_until(lambda: cluster.state(urgent.strip()) == "COMPLETED", run.log)
+    assert run.iteration() < run.made.iterations and cluster.state(job) == "PENDING"
+    finish(run, snakemake)
+    assert "stopped by SIGTERM after iteration" in run.log()
+    assert [(one["JobId"], one["Restarts"]) for one in run.jobs()] == [(job, "1")]
 
 
 @pytest.mark.parametrize("node", ["n1", "n2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,21 @@ def test_refused_by_name(run: Run, cluster: Cluster, profile: dict[str, Any], wo
         assert word in refused.stdout
     assert "Traceback" not in refused.stdout
     assert len(cluster.jobs()) == before
+
+
+def test_ended_jobs_are_forgotten_too_soon(run: Run, cluster: Cluster) -> None:
+    """A job that ended and was forgotten between two looks would be waited for for ever."""
+    settings_file = cluster.folder / "slurm.conf"
+    written = settings_file.read_text()
+    settings_file.write_text(re.sub("MinJobAge=.*", "MinJobAge=120", written))
+    try:
+        cluster.run("scontrol", "reconfigure")
+        refused = run.snakemake("pretrain")
+    finally:
+        settings_file.write_text(written)
+        cluster.run("scontrol", "reconfigure")
+    assert refused.returncode != 0 and "squeue knows ended jobs for 120 seconds here" in refused.stdout
+    assert not run.jobs()
 
 
 def test_more_than_a_node_has(run: Run) -> None:

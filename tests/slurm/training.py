@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import train_workspace
-import yaml
-from cluster import PARTITION, Cluster
+from cluster import Cluster
 from train_runs import assert_same
+from workplace import ROOT, SECONDS, Workplace, wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 40
 STAGE = {
     "start_from": "combined",
@@ -37,8 +32,6 @@ SMALL = {
     "data": {"workers": 0, "shuffle_buffer": 16, "packing_buffer": 32, "max_rejected_share": 0.05},
     "stages": {"pretrain": STAGE},
 }
-SECONDS = 180.0
-"""For anything to happen, on a machine that is busy with other tests."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ def train(workspace: train_workspace.Workspace, folder: Path, iterations: int) -
     return Made(workspace, run.out, iterations)
 
 
-class Run:
+class Run(Workplace):
     """A folder with the real workflow, its results up to training, and a profile for the cluster.
 
     Args:
@@ -73,21 +66,15 @@ class Run:
     def __init__(
         self, made: Made, folder: Path, cluster: Cluster | None, nodes: int = 2, ranks: int = 2, **changes: Any
     ) -> None:
-        folder.mkdir()
-        self.made, self.folder, self.cluster = made, folder, cluster
-        for name in ("workflow", "config", "resources"):
-            (folder / name).symlink_to(ROOT / name)
-        variables = cluster.environment if cluster else os.environ
-        self.environment = {
-            name: value for name, value in variables.items() if not name.startswith(("SNAKEMAKE", "PYTEST"))
-        } | {"OMP_NUM_THREADS": "1"}
-        self.results = folder / "results/tiny"
+        super().__init__(folder, cluster)
+        self.made = made
         self.out = self.results / "train/pretrain"
         (self.results / "convert").mkdir(parents=True)
         (self.results / "convert/combined").symlink_to(made.workspace.combined)
         (self.results / "convert/verified.json").write_text("{}")
         self.place_data()
-        self.write_overlay(nodes, ranks)
+        tree = SMALL | {"parallel": {"nodes": nodes, "ranks_per_node": ranks}}
+        self.write_overlay(tree | {"stages": {"pretrain": STAGE | {"iterations": made.iterations}}})
         self.write_profile(**changes)
 
     def place_data(self) -> None:
@@ -99,46 +86,9 @@ class Run:
             place.unlink(missing_ok=True)
             place.symlink_to(self.made.workspace.data / data)
 
-    def write_overlay(self, nodes: int, ranks: int) -> None:
-        tree = SMALL | {"parallel": {"nodes": nodes, "ranks_per_node": ranks}}
-        tree["stages"] = {"pretrain": STAGE | {"iterations": self.made.iterations}}
-        (self.folder / "small.yaml").write_text(yaml.safe_dump(tree))
-
-    def write_profile(self, partition: str = PARTITION, train: dict[str, Any] | None = None, **changes: Any) -> None:
-        """The product's profile with what a user fills in, and less patience."""
-        profile = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
-        profile["default-resources"] |= {"slurm_partition": partition} if partition else {}
-        profile |= {"set-resources": {"train": train}} if train else {}
-        profile |= {"slurm-init-seconds-before-status-checks": 2, "latency-wait": 10} | changes
-        place = self.folder / "cluster/config.yaml"
-        place.parent.mkdir(exist_ok=True)
-        place.write_text(yaml.safe_dump(profile))
-
-    def command(self, *arguments: str, profile: str = "cluster") -> list[str]:
-        overlays = ["--configfile", "config/tiny.yaml", "small.yaml"]
-        return [sys.executable, "-m", "snakemake", "--profile", profile, *arguments, *overlays]
-
-    def snakemake(self, *arguments: str, profile: str = "cluster", **options: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*arguments, profile=profile),
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=options.get("timeout", 2 * SECONDS),
-        )
-
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        with open(self.folder / "snakemake.log", "a") as log:
-            return subprocess.Popen(
-                self.command(*arguments), cwd=self.folder, env=self.environment, stdout=log, stderr=log
-            )
-
-    def log(self) -> str:
-        """All that was said: by snakemake, by the jobs."""
-        files = [self.folder / "snakemake.log", *self.folder.glob(".snakemake/slurm_logs/**/*.log")]
-        return "\n".join(f"--- {path}\n{path.read_text()}" for path in files if path.exists())
+    def write_profile(self, **changes: Any) -> None:
+        """With less patience."""
+        super().write_profile(**{"slurm-init-seconds-before-status-checks": 2, "latency-wait": 10} | changes)
 
     def iteration(self) -> int:
         """That of the newest checkpoint, 0 before the first."""
@@ -150,10 +100,6 @@ class Run:
         found = self.iteration()
         assert found < self.made.iterations, "it was faster than the test"
         return found
-
-    def jobs(self) -> list[dict[str, str]]:
-        """Those that were submitted from this folder, oldest first."""
-        return [job for job in self.cluster.jobs() if job["WorkDir"] == str(self.folder)] if self.cluster else []
 
     def training_job(self) -> dict[str, str]:
         return self.jobs()[-1]
@@ -178,18 +124,3 @@ class Run:
 
     def assert_undisturbed(self) -> None:
         assert_same(self.out, self.made.undisturbed, self.made.iterations)
-
-    def end(self) -> None:
-        for job in self.jobs():
-            if self.cluster and job["JobState"] in ("PENDING", "RUNNING"):
-                self.cluster.run("scancel", job["JobId"])
-        for process in psutil.Process().children(recursive=True):
-            if process.name().startswith("snakemake") or str(self.folder) in " ".join(process.cmdline()):
-                process.kill()
-
-
-def wait_until(happened: Callable[[], bool], explain: Callable[[], str] = str, seconds: float = SECONDS) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, f"it did not happen\n{explain()}"
-        time.sleep(0.1)

@@ -2,6 +2,7 @@
 # And what a SLURM run is refused for before its first job.
 import math
 import os
+import re
 import subprocess
 from functools import cache
 
@@ -19,10 +20,11 @@ NEEDS = {
     "shard": {"cpus_per_task": 8, "mem_mb": 16000, "runtime": 8 * 60},
     "index": {"cpus_per_task": 4, "mem_mb": 8000, "runtime": 4 * 60},
     "score": {"cpus_per_task": 2, "mem_mb": 8000, "runtime": 2 * 60},
-    "report": {"cpus_per_task": 2, "mem_mb": 8000, "runtime": 60},
     "bench": {"cpus_per_task": 8, "mem_mb": 64000, "runtime": 24 * 60, "gres": "gpu:1"},
 }
 """Steps whose needs do not depend on the models."""
+LONGEST_LOOK_SECONDS = 180
+"""Between two looks at the states of jobs: the most that the SLURM executor waits."""
 SHOWN_NEEDS = ("nodes", "gres", "tasks_per_node", "cpus_per_task", "mem_mb", "disk_mb", "runtime")
 """What a dry run shows of a job."""
 
@@ -89,8 +91,9 @@ TRAINING_NEEDS = {
     name: training_need(name)
     for name in ("nodes", "tasks_per_node", "cpus_per_task", "mem_mb", "disk_mb", "runtime", "gres")
 } | {
-    # To the launchers alone, since it comes in `mpi` mode; else it would end Snakemake's own process.
-    "slurm_extra": f"--signal=USR1@{WARNING_SECONDS}",
+    # The signal goes to the launchers alone, since it comes in `mpi` mode; else it would end Snakemake's own process.
+    # A job that is put back into the queue keeps what its log said before.
+    "slurm_extra": f"--signal=USR1@{WARNING_SECONDS} --open-mode=append",
 }
 
 
@@ -132,8 +135,8 @@ def check_cluster(jobs):
         jobs: what is to be submitted.
 
     Raises:
-        WorkflowError: the controller does not answer, a partition is not named or not there, job states are asked of
-            an accounting that is not there, or jobs of an earlier run in this folder are still alive.
+        WorkflowError: the controller does not answer, a partition is not named or not there, the states of jobs cannot
+            be known, or jobs of an earlier run in this folder are still alive.
     """
     partitions = slurm("sinfo", "-h", "-o", "%P").split()
     names = sorted(one.rstrip("*") for one in partitions)
@@ -145,11 +148,7 @@ def check_cluster(jobs):
             raise WorkflowError(f"slurm_partition: this cluster has no default partition, name one in {ways}")
         if asked and not set(asked.split(",")) <= set(names):
             raise WorkflowError(f"slurm_partition: {asked!r} is no partition of this cluster, change {ways}")
-    if workflow.executor_settings.status_command == "sacct":
-        try:
-            slurm("sacct", "-X", "-n", "-j", "1")
-        except WorkflowError as error:
-            raise WorkflowError(f"slurm-status-command: sacct does not work here, use squeue. {error}") from None
+    check_status_command()
     alive = [
         line.split()[0]
         for line in slurm("squeue", "-h", "--me", "-o", "%i %k %Z").splitlines()
@@ -162,9 +161,29 @@ def check_cluster(jobs):
         )
 
 
+def check_status_command():
+    """Refuse a source of job states by which a run would wait for ever: it takes a job that it is not told of for one
+    that goes on."""
+    if workflow.executor_settings.status_command == "sacct":
+        try:
+            slurm("sacct", "-X", "-n", "-j", "1")
+        except WorkflowError as error:
+            raise WorkflowError(f"slurm-status-command: sacct does not work here, use squeue. {error}") from None
+    else:
+        age = re.search(r"^MinJobAge\s*=\s*(\d+)", slurm("scontrol", "show", "config"), re.MULTILINE)
+        if age and int(age[1]) <= LONGEST_LOOK_SECONDS:
+            raise WorkflowError(
+                f"slurm-status-command: squeue knows ended jobs for {age[1]} seconds here (MinJobAge), and there may be "
+                f"{LONGEST_LOOK_SECONDS} between two looks; use sacct"
+            )
+
+
 def check_start():
-    """Refuse what this run's executor cannot do, before its first job; errors as those of `check_cluster`."""
+    """Refuse what this run's executor or a missing image cannot do, before the first job; errors as those of
+    `check_cluster`."""
     jobs = list(workflow.dag.needrun_jobs())
+    if CONTAINED and not Path(IMAGE).exists():
+        raise WorkflowError(f"{IMAGE}: there is no such image in this folder; docs/cluster.md says how to build it")
     if submits():
         check_cluster([job for job in jobs if not job.is_local])
     elif CONFIG.parallel.nodes > 1 and any(job.rule.name == "train" for job in jobs):

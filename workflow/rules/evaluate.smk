@@ -67,8 +67,6 @@ rule score_mmmu:
         "<logs>/scores/{model}_mmmu.log",
     benchmark:
         "<benchmarks>/scores/{model}_mmmu.tsv"
-    resources:
-        **NEEDS["score"],
     params:
         split=CONFIG.evaluation.mmmu.split,
         fallback=CONFIG.evaluation.mmmu.fallback,
@@ -207,8 +205,6 @@ rule table:
         "<logs>/scores/table.log",
     benchmark:
         "<benchmarks>/scores/table.tsv"
-    resources:
-        **NEEDS["score"],
     params:
         config=RESOLVED_CONFIG,
         scores=subpath(output[0], parent=True),

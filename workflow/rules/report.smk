@@ -13,8 +13,6 @@ rule curves:
         "<logs>/report/loss.log",
     benchmark:
         "<benchmarks>/report/loss.tsv"
-    resources:
-        **NEEDS["report"],
     params:
         metrics=expand(f"{RESULTS}/train/{{stage}}/metrics.jsonl", stage=STAGES),
     message:
@@ -37,8 +35,6 @@ rule scores:
         "<logs>/report/scores.log",
     benchmark:
         "<benchmarks>/report/scores.tsv"
-    resources:
-        **NEEDS["report"],
     message:
         "Drawing the scores"
     shell:
@@ -65,8 +61,6 @@ rule gallery:
         "<logs>/report/gallery.log",
     benchmark:
         "<benchmarks>/report/gallery.tsv"
-    resources:
-        **NEEDS["report"],
     params:
         config=RESOLVED_CONFIG,
         sources=lambda wildcards, input: Path(input.sources[0]).parent,
@@ -128,6 +122,12 @@ rule report:
         "snakemake --profile none --nolock --configfile {params.config} --report {output} report_pages > {log} 2>&1"
 
 
+# Seconds of one core each: as jobs they would wait in the queue, start and be noticed for ten times as long.
 localrules:
     configuration,
+    curves,
+    gallery,
     report,
+    score_mmmu,
+    scores,
+    table,
