@@ -99,7 +99,7 @@ def kept_bytes(trainable: tuple[str, ...], **layout: Any) -> int:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.hidden(batch)
+            model.hidden(batch, rows=None if model.config.sequence_parallel else batch.trained_positions)
     finally:
         layers.functional.rms_norm = rms_norm
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

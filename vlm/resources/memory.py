@@ -18,10 +18,11 @@ sequence, D hidden, H and G query and key/value heads of K channels, F inside th
     plain PyTorch's attention         (2 H + G) K / t, copies           H K / t
                                       (H + G) K / t where t = G
 
+The last layer keeps what follows its attention for the trained tokens alone, except under sequence parallelism.
 `recompute` keeps D per layer, and all of the above for one layer at a time. The first of p pipeline stages has p
 micro-batches under way (1F1B; Narayanan et al., arXiv:2104.04473), the last one.
 
-`working` is what backward needs besides, at its worst: in the loss, or in the MLP of the last layer.
+`working` is what backward needs besides, at its worst: in the loss, or in an MLP.
 
 Against `max_memory_allocated` on an H200 the sum was within 0.4 % for both stages and two backends, on one rank
 (tests/benches/bench_training_step.py; tests/unit/test_plan_memory.py compares them). Sharded layouts were compared with
@@ -42,6 +43,9 @@ NORM_STATISTIC = FP32
 LOGIT_BYTES = {"triton": 0, "transformer_engine": 2, "torch": 10}
 """Per logit of a trained position in the loss: none are stored, the logits in bfloat16, or their softmax in fp32 and
 its gradient in fp32 and bfloat16."""
+ENGINE_ATTENTION_BYTES = 30
+"""Per channel of a query, what Transformer Engine's attention takes backwards for packed samples: keys and values once
+per query head, sums in fp32. From the peak of a pretraining step on an H200, where nothing else explains 1.2 GiB."""
 EAGER_LOGIT_BYTES = 12
 """What plain PyTorch takes per logit, forward and backward: kernels/README.md, 3.00 GiB for 8192 x 32768."""
 
@@ -97,8 +101,21 @@ def on_stage(config: Config, settings: Stage, bases: Bases, sequence: Workload, 
     of_layer = layer(config, bases, sequence.slots, learns)
     stream = sequence.slots * bases.language.hidden_size * size // (parallel.tensor if parallel.sequence else 1)
     kept = layers * stream if parallel.recompute else layers * of_layer
+    in_mlp, in_attention = _mlp(config, bases, sequence.slots, learns), 0
     if index == parallel.pipeline - 1:
-        kept += stream  # the input of the final norm
+        wanted = sequence.slots if parallel.sequence else int(sequence.trained_tokens)
+        final = stream * wanted // sequence.slots  # the input of the final norm
+        kept += final
+        if wanted < sequence.slots:
+            last = stream if parallel.recompute else layer(config, bases, sequence.slots, learns, wanted)
+            kept += last - (stream if parallel.recompute else of_layer)
+            # The largest MLP is that of the layer before, and by then the last layer has let go of what it kept. When
+            # its attention comes, what followed that is gone.
+            in_mlp -= last + final
+            if config.kernels.backend == "transformer_engine" and not parallel.recompute:
+                channels = bases.language.num_heads * bases.language.head_dim // parallel.tensor
+                followed = last - layer(config, bases, sequence.slots, learns, 0)
+                in_attention = sequence.slots * channels * ENGINE_ATTENTION_BYTES - followed - final
     if index == 0 and parallel.sequence:
         kept += (parallel.tensor - 1) * stream  # the first layer's shard is a view of all embeddings
     micro_batches = settings.global_batch // parallel.data
@@ -110,15 +127,16 @@ def on_stage(config: Config, settings: Stage, bases: Bases, sequence: Workload, 
         moments=shared * 2 * FP32,
         activations=under_way * kept + (of_layer if parallel.recompute else 0),
         image_activations=0 if index else under_way * _images(config, bases, sequence, trainable),
-        working=max(_mlp(config, bases, sequence.slots, learns), _loss(config, bases, sequence, learns)),
+        working=max(in_mlp, in_attention, _loss(config, bases, sequence, learns)),
     )
 
 
-def layer(config: Config, bases: Bases, slots: int, learns: bool) -> int:
-    """Bytes that one layer of the language model keeps for backward, on a rank."""
+def layer(config: Config, bases: Bases, slots: int, learns: bool, wanted: int | None = None) -> int:
+    """Bytes that one layer of the language model keeps for backward, on a rank; the last one goes on after its
+    attention with the `wanted` slots alone."""
     sizes, parallel = bases.language, config.parallel
     size = 2 if config.dtype == "bfloat16" else 4
-    norms = (2 + 2 * learns) * sizes.hidden_size
+    norm = (1 + learns) * sizes.hidden_size
     heads = 2 * sizes.num_heads + 2 * sizes.num_kv_heads
     if config.kernels.backend == "torch":
         copied = sizes.num_kv_heads > parallel.tensor  # queries of a single group lie side by side as they are
@@ -126,9 +144,13 @@ def layer(config: Config, bases: Bases, slots: int, learns: bool) -> int:
     attention = heads * sizes.head_dim
     gated = (2 + learns + (config.kernels.backend != "triton")) * sizes.ffn_hidden_size
     across = parallel.tensor if parallel.sequence else 1
-    elements = norms / across + (attention + gated) / parallel.tensor
-    statistics = 2 * NORM_STATISTIC / across + sizes.num_heads * FP32 / parallel.tensor
-    return int(slots * (elements * size + statistics))
+    before = (norm / across + attention / parallel.tensor) * size
+    before += NORM_STATISTIC / across + sizes.num_heads * FP32 / parallel.tensor
+    after = (norm / across + gated / parallel.tensor) * size + NORM_STATISTIC / across
+    if wanted is None:
+        return int(slots * (before + after))
+    chosen = learns * sizes.num_heads * sizes.head_dim / parallel.tensor * size  # a copy of attention's output
+    return int(slots * before + wanted * (after + chosen))
 
 
 def _mlp(config: Config, bases: Bases, slots: int, learns: bool) -> int:
