@@ -8,8 +8,9 @@ keys and for the values of the last ones together, then computes the softmax: wi
 unit works for one while the other one computes.
 
 On an H200, with the portable kernel's time in brackets: 0.81 ms (1.23) at S 8192, 0.160 (0.164) for CLIP, 0.29 (0.44)
-for a pack of 16,384 tokens. Tried and left out: a turn for each group, two tiles of q, and keeping ptxas from moving the
-wait for the values up over the softmax. Together they gained 4 % at S 1024, nothing at S 8192, and cost 7 % for CLIP.
+for a pack of 16,384 tokens. Tried and left out: a turn for each group, two tiles of q, and keeping ptxas from moving
+the wait for the values up over the softmax. Together they gained 4 % at S 1024, nothing at S 8192, and cost 7 % for
+CLIP.
 
 Shapes: B batch, S sequence, T packed tokens, H query heads, G key/value heads, K head dim, M rows, N keys of a tile.
 """
