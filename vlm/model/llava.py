@@ -142,8 +142,8 @@ class Llava(MegatronModule):
         """
         self._check_layout()
         with torch.no_grad():
-            hidden_TD = self.hidden(prompts, cached=tokens).squeeze(1)
-            return self.language_model.logits(hidden_TD[prompts.cu_seqlens[1:].long() - 1])
+            last_B = prompts.cu_seqlens[1:].long() - 1
+            return self.language_model.logits(self.hidden(prompts, cached=tokens, rows=last_B).squeeze(1))
 
     def step(self, tokens_B: Tensor, cache: KeyValueCache) -> Tensor:
         """Logits, float32 [B, V], of what follows one more token, int64, of every sample in the cache.
