@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from vlm_kernels.hopper.tiles import TILE, rows_of, strides_of, table_of
+from vlm_kernels.hopper.tiles import TILE, multiprocessors, rows_of, strides_of, table_of
 
 LOG2_E = math.log2(math.e)
 GROUP_ROWS = TILE // 2  # of each warp group
@@ -271,7 +271,7 @@ def attention_forward(
     out = torch.empty((*q.shape[:-3], heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((num_batches, heads, len(q)), dtype=torch.float32, device=q.device)
     num_tiles = len(table) if table is not None else triton.cdiv(len(q), TILE)
-    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
+    programs = multiprocessors(q)
     _forward_kernel[(programs,)](
         rows_of(q, GROUP_ROWS), rows_of(k, TILE), rows_of(v, TILE), out, lse, table,
         **strides_of(q=q, k=k, v=v, o=out), stride_ot=out.stride(0),

@@ -28,6 +28,11 @@ def copyable(x: Tensor) -> bool:
     )
 
 
+def multiprocessors(x: Tensor) -> int:
+    """How many programs x's device runs at least at the same time."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
 def rows_of(x: Tensor, rows: int) -> TensorDescriptor:
     """x [S, .., K] as a matrix of S rows in which a head is K columns, to be copied `rows` rows of a head at once."""
     width = 1 + sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
