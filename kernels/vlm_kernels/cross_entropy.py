@@ -314,7 +314,7 @@ def _check_layout(**tensors: Tensor) -> None:
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, target: Tensor, *, group: Any = None, ignore_index: int = -100
 ) -> Tensor:
-    """Loss of the language-model head, logsumexp(h W^T) - (h W^T)[target], row by row; the logits never lie there whole.
+    """Loss of the language-model head, logsumexp(h W^T) - (h W^T)[target], row by row, never storing the logits.
 
     On a CPU this is `reference.linear_cross_entropy`, unless triton was imported with TRITON_INTERPRET=1.
 

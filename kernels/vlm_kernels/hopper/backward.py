@@ -48,6 +48,8 @@ LOG2_E = math.log2(math.e)
 QUERY_ROWS = {64: 128, 128: 64}  # of a step, by head dim: what fits into registers
 LINE = 32  # fp32 of a row in which the sums leave shared memory: 128 bytes
 ROWS = 32  # of a program of the kernels before and after
+WAIT_FOR_ALL = gl.constexpr("cp.async.bulk.wait_group 0; mov.u32 $0, $1;")
+WAIT_FOR_ALL_BUT_ONE = gl.constexpr("cp.async.bulk.wait_group 1; mov.u32 $0, $1;")
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -209,10 +211,9 @@ def _steps(
     HEAD_DIM: gl.constexpr = k_tile.shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
-    if BLOCK_M == 64:
-        Q: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, HEAD_DIM // 2, 16])
-    else:
-        Q: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HEAD_DIM, 16])
+    Q: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [BLOCK_M // 16, 128 // BLOCK_M], [16, HEAD_DIM * BLOCK_M // 128, 16]
+    )
     for step in range(low, high):
         stage = count % STAGES
         phase = count // STAGES & 1
@@ -316,11 +317,10 @@ def _wait_for_adds(PENDING: gl.constexpr):
     `tma.store_wait` waits until shared memory was read.
     """
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    if PENDING == 0:
-        code: gl.constexpr = "cp.async.bulk.wait_group 0; mov.u32 $0, $1;"
-    else:
-        code: gl.constexpr = "cp.async.bulk.wait_group 1; mov.u32 $0, $1;"
-    gl.inline_asm_elementwise(code, "=r,r", [gl.full([32], 0, gl.int32, LANES)], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(
+        WAIT_FOR_ALL if PENDING == 0 else WAIT_FOR_ALL_BUT_ONE, "=r,r", [gl.full([32], 0, gl.int32, LANES)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
