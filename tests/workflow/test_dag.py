@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import resource
 import subprocess
@@ -181,3 +182,14 @@ def test_the_schema_of_the_configuration_is_current() -> None:
     command = [sys.executable, ROOT / "workflow/scripts/config_schema.py", "--check"]
     checked = subprocess.run(command, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
+
+
+def test_documented_commands_name_their_target_before_configuration_files():
+    """Snakemake takes whatever follows `--configfile` for one more file."""
+    commands = []
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("config/*"), *ROOT.glob("profiles/**/*.*")]:
+        commands += re.findall(r"snakemake [^`\n]*--configfile[^`\n]*", path.read_text())
+    assert len(commands) > 3
+    for command in commands:
+        files = itertools.takewhile(lambda word: not word.startswith("-"), command.split("--configfile")[1].split())
+        assert all(file.endswith(".yaml") for file in files), command
