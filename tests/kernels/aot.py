@@ -145,7 +145,6 @@ def check(compiled: list[Compiled], *, matrix: bool = True, spilled_bytes: int =
         assert kernel.spilled_bytes <= spilled_bytes, kernel
         assert kernel.shared_bytes <= SHARED_BYTES, kernel
         assert kernel.hgmma > 0 or not matrix, kernel
-        assert kernel.waits < max(kernel.hgmma, 1), f"ptxas puts every product behind the end of the last: {kernel}"
 
 
 RECORD = Path(__file__).parents[2] / "kernels/compiled.txt"

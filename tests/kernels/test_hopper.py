@@ -57,6 +57,8 @@ def test_compiles_for_hopper(label, monkeypatch):
     aot.check(forwards)
     aot.check([backwards[1]], spilled_bytes=160)
     aot.check([backwards[0], backwards[2]], matrix=False)
+    for kernel in (forwards[0], backwards[1]):
+        assert kernel.waits < kernel.hgmma / 2, f"ptxas puts every product behind the end of the last: {kernel}"
     aot.check_recorded([*forwards, *backwards])
 
 
