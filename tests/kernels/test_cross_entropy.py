@@ -111,8 +111,10 @@ def test_linear_in_pieces(frozen, dtype, monkeypatch):
 @pytest.mark.interpreted
 @pytest.mark.parametrize("factor", [None, 0.25], ids=["sum", "mean"])
 @pytest.mark.parametrize("trained", [60, 41], ids=["all-trained", "some-trained"])
-def test_linear_of_one_upstream_number(trained, factor):
+@pytest.mark.parametrize("piece_bytes", [module.PIECE_BYTES, 1], ids=["one-piece", "four-pieces"])
+def test_linear_of_one_upstream_number(piece_bytes, trained, factor, monkeypatch):
     """As training has it: both gradients come from the forward pass, and a second backward gives them again."""
+    monkeypatch.setattr(module, "PIECE_BYTES", piece_bytes)
     target = targets(60, 130, trained)
     inputs = [random(60, 24), random(130, 24, seed=1, scale=0.5)]
 
