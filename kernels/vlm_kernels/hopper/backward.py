@@ -45,6 +45,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from vlm_kernels.hopper.tiles import TILE, copyable, rows_of, strides_of, table_of
 
 LOG2_E = math.log2(math.e)
+STAGES = gl.constexpr(2)  # tiles of q and of w, and sets of statistics, in shared memory
 QUERY_ROWS = {64: 128, 128: 64}  # of a step, by head dim: what fits into registers
 LINE = 32  # fp32 of a row in which the sums leave shared memory: 128 bytes
 ROWS = 32  # of a program of the kernels before and after
@@ -159,7 +160,7 @@ def _load(
     q_desc, k_desc, v_desc, w_desc, lse_ptr, delta_ptr, q_tiles, w_tiles, statistics, k_tile, v_tile,
     kv_full, q_full, w_full, s_full, done,
     place, strides, num_groups, heads_per_group, num_rows, inverse_scale,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """The warp that starts every copy from memory, and brings each query's L and delta."""
     group, batch, start, length, number, first_tile = place
@@ -204,7 +205,7 @@ def _load(
 def _steps(
     dk, dv, count, low, high, q_tiles, w_tiles, statistics, k_tile, v_tile, ds_tile, dq_tile,
     q_full, w_full, s_full, done, dq_free, number, length, scale,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Steps [low, high) of a key tile with one head's query tiles: dk and dv [N, K] with theirs added."""
     dtype: gl.constexpr = k_tile.dtype
@@ -262,7 +263,7 @@ def _multiply(
     dk_ptr, dv_ptr, q_tiles, w_tiles, statistics, k_tile, v_tile, ds_tile, dq_tile,
     kv_full, q_full, w_full, s_full, done, dq_free,
     place, strides, heads_per_group, scale, softmax_scale,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Two warp groups: 64 keys each for the scores and their gradients, half of the columns each for those of q."""
     dtype: gl.constexpr = k_tile.dtype
@@ -283,12 +284,12 @@ def _multiply(
         dk, dv, count = _steps(
             dk, dv, count, 0, masked, q_tiles, w_tiles, statistics, k_tile, v_tile, ds_tile, dq_tile,
             q_full, w_full, s_full, done, dq_free, number, length, scale,
-            BLOCK_M, BLOCK_N, CAUSAL, STAGES, True,
+            BLOCK_M, BLOCK_N, CAUSAL, True,
         )  # fmt: skip
         dk, dv, count = _steps(
             dk, dv, count, masked, num_steps, q_tiles, w_tiles, statistics, k_tile, v_tile, ds_tile, dq_tile,
             q_full, w_full, s_full, done, dq_free, number, length, scale,
-            BLOCK_M, BLOCK_N, CAUSAL, STAGES, False,
+            BLOCK_M, BLOCK_N, CAUSAL, False,
         )  # fmt: skip
     stride_dkt, stride_dkb, stride_dkh, stride_dvt, stride_dvb, stride_dvh = strides
     row = number * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ROWS))
@@ -365,7 +366,7 @@ def _add(
                 announced = -1
             while turn < rank:
                 turn = gl.load(turn_ptr + index, volatile=True)
-        mbarrier.wait(done.index(count % 2), count // 2 & 1)
+        mbarrier.wait(done.index(count % STAGES), count // STAGES & 1)
         if rank > 0:
             _async_add_to_global(sum_desc, [index * LINES, 0], lines)
         else:
@@ -402,22 +403,22 @@ def _backward_kernel(
     dtype: gl.constexpr = q_desc.dtype
     HEAD_DIM: gl.constexpr = q_desc.block_type.shape[1]
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], dtype)
-    q_tiles = gl.allocate_shared_memory(dtype, [2, BLOCK_M, HEAD_DIM], q_desc.layout)
-    w_tiles = gl.allocate_shared_memory(dtype, [2, BLOCK_M, HEAD_DIM], w_desc.layout)
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, HEAD_DIM], q_desc.layout)
+    w_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, HEAD_DIM], w_desc.layout)
     k_tile = gl.allocate_shared_memory(dtype, [BLOCK_N, HEAD_DIM], k_desc.layout)
     v_tile = gl.allocate_shared_memory(dtype, [BLOCK_N, HEAD_DIM], v_desc.layout)
     ds_tile = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_M], DS)
     dq_tile = gl.allocate_shared_memory(gl.float32, [BLOCK_M, HEAD_DIM], gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
-    statistics = gl.allocate_shared_memory(gl.float32, [4, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    statistics = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     dq_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    w_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    s_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    w_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    s_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
     mbarrier.init(dq_free, count=1)
-    for i in gl.static_range(2):
+    for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(w_full.index(i), count=1)
         mbarrier.init(s_full.index(i), count=1)
@@ -434,7 +435,7 @@ def _backward_kernel(
                     dk_ptr, dv_ptr, q_tiles, w_tiles, statistics, k_tile, v_tile, ds_tile, dq_tile,
                     kv_full, q_full, w_full, s_full, done, dq_free, place,
                     (stride_dkt, stride_dkb, stride_dkh, stride_dvt, stride_dvb, stride_dvh),
-                    heads_per_group, scale, softmax_scale, BLOCK_M, BLOCK_N, CAUSAL, 2,
+                    heads_per_group, scale, softmax_scale, BLOCK_M, BLOCK_N, CAUSAL,
                 ),
             ),
             (
@@ -450,7 +451,7 @@ def _backward_kernel(
                     q_desc, k_desc, v_desc, w_desc, lse_ptr, delta_ptr, q_tiles, w_tiles, statistics, k_tile, v_tile,
                     kv_full, q_full, w_full, s_full, done, place,
                     (stride_qb, stride_qg, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_wb, stride_wh),
-                    num_groups, heads_per_group, num_rows, 1.0 / scale, BLOCK_M, BLOCK_N, CAUSAL, 2,
+                    num_groups, heads_per_group, num_rows, 1.0 / scale, BLOCK_M, BLOCK_N, CAUSAL,
                 ),
             ),
         ],
