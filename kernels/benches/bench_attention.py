@@ -155,8 +155,12 @@ ERRORS = {
     "causal-less-than-a-tile": (70, 1, 4, 1, 128, True, None),
     "causal-K-64": (640, 2, 4, 2, 64, True, None),
     "CLIP": (577, 4, 4, 4, 64, False, None),
+    "full-less-than-a-tile": (100, 2, 16, 16, 64, False, None),
+    "full-two-tiles": (200, 3, 16, 16, 64, False, None),
+    "full-whole-tiles": (256, 2, 4, 2, 64, False, None),
     "full-K-128": (700, 2, 4, 2, 128, False, None),
     "packed": (0, 0, 8, 2, 128, True, [600, 37, 128, 1, 700, 129]),
+    "packed-K-64": (0, 0, 8, 2, 64, True, [1, 63, 64, 65, 127, 600, 300]),
     "packed-full": (0, 0, 8, 2, 128, False, [600, 37, 128, 1, 700, 129]),
 }
 

@@ -316,4 +316,4 @@ def test_compiled_for_hopper_without_options():
     products = [c for c in compiled if "rows" not in c.name]
     assert len(products) == 3
     aot.check(products)
-    aot.check_recorded(compiled)
+    aot.check_recorded(products)

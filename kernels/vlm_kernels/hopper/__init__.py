@@ -9,27 +9,23 @@ added in one order, so that a gradient still has the same bits every time.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from vlm_kernels.hopper.backward import attention_backward
 from vlm_kernels.hopper.forward import attention_forward
-from vlm_kernels.hopper.tiles import TILE, copyable, multiprocessors
+from vlm_kernels.hopper.tiles import copyable
 
 __all__ = ["attention_backward", "attention_forward", "usable"]
 
 
 def usable(q: Tensor, k: Tensor, v: Tensor, causal: bool, borders: Tensor | None, ranges: Tensor | None) -> bool:
-    """Whether these kernels take a case whose arguments `attention` has checked, q being [.., G, H / G, K].
-
-    Without causal order, every key tile of a sequence waits for all the others, so each needs a multiprocessor.
-    """
+    """Whether these kernels take a case whose arguments `attention` has checked, q being [.., G, H / G, K]."""
     return (
         q.is_cuda
         and torch.cuda.get_device_capability(q.device) == (9, 0)
         and q.dtype in (torch.bfloat16, torch.float16)
         and ranges is None
         and len(q) == len(k)
-        and (causal or (borders is None and triton.cdiv(len(q), TILE) <= multiprocessors(q)))
+        and (causal or borders is None)
         and all(copyable(x) for x in (q, k, v))
     )

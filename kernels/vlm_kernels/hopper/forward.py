@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from vlm_kernels.hopper.tiles import TILE, multiprocessors, rows_of, strides_of, table_of
+from vlm_kernels.hopper.tiles import COLUMNS, TILE, multiprocessors, rows_of, strides_of, table_of
 
 LOG2_E = math.log2(math.e)
 GROUP_ROWS = TILE // 2  # of each warp group
@@ -50,9 +50,9 @@ def _query_tile(index, table_ptr, sizes, BLOCK_M: gl.constexpr, CAUSAL: gl.const
     tile = index // num_heads
     if PACKED:
         batch = tile * 0
-        start = gl.load(table_ptr + 3 * tile)
-        length = gl.load(table_ptr + 3 * tile + 1)
-        row = gl.load(table_ptr + 3 * tile + 2) * BLOCK_M
+        start = gl.load(table_ptr + COLUMNS * tile)
+        length = gl.load(table_ptr + COLUMNS * tile + 1)
+        row = gl.load(table_ptr + COLUMNS * tile + 2) * BLOCK_M
     else:
         batch = tile % num_batches
         start = tile * 0
@@ -206,7 +206,7 @@ def _forward_kernel(
     q_desc, k_desc, v_desc,  # [S, everything], [S', everything] twice: a head's rows are columns of it
     out_ptr,  # [S, B, H, K] or packed without B
     lse_ptr,  # [B, H, num_rows] fp32
-    table_ptr,  # [tiles, 3] int32: first row of the segment, its length, the tile's number in it
+    table_ptr,  # as `tiles.table_of` makes it
     stride_qb, stride_qg, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_ot, stride_ob, stride_oh,
     total_tiles, num_tiles, num_batches, num_heads, heads_per_group, q_len, num_rows, scale,
     PROGRAMS: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr, STAGES: gl.constexpr,
@@ -266,7 +266,7 @@ def attention_forward(
     """
     groups, per_group, head_dim = q.shape[-3:]
     heads = groups * per_group
-    table = table_of(borders, longest_first=True) if borders is not None else None
+    table = table_of(borders, backward=False) if borders is not None else None
     num_batches = q.shape[1] if table is None else 1
     out = torch.empty((*q.shape[:-3], heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((num_batches, heads, len(q)), dtype=torch.float32, device=q.device)

@@ -14,6 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from vlm_kernels import reference
 
 TILE = 128  # rows of a query tile in the forward pass and of a key tile in the backward pass, keys of a step
+COLUMNS = gl.constexpr(4)  # of a pack's table
 ALIGNMENT_BYTES = 16  # of a descriptor's first element and of its rows
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
@@ -44,23 +45,24 @@ def rows_of(x: Tensor, rows: int) -> TensorDescriptor:
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def table_of(borders: Tensor, longest_first: bool) -> Tensor:
-    """[tiles, 3] int32 of a pack: first row of the tile's segment, the segment's length, the tile's number in it.
+def table_of(borders: Tensor, backward: bool) -> Tensor:
+    """[tiles, 4] int32 of a pack: first row of the tile's segment, its length, the tile's number in it, its first tile.
 
-    Made once per pack, from borders that `reference.check_attention` has looked at already.
+    Those with most work come first: query tiles with most keys before them or, `backward`, key tiles with most queries
+    after them. Made once per pack, from borders that `reference.check_attention` has looked at already.
     """
     version = None if borders.is_inference() else borders._version
     known = _tables.get(borders)
     if known is None or version is None or known[0] != version:
-        tiles = [
-            (start, end - start, tile)
-            for start, end in itertools.pairwise(reference.values_of(borders))
-            for tile in range(triton.cdiv(end - start, TILE))
-        ]
-        ordered = sorted(tiles, key=lambda tile: -tile[2])
-        both = torch.tensor([tiles, ordered], dtype=torch.int32).to(borders.device, non_blocking=True)
+        tiles = []
+        for start, end in itertools.pairwise(reference.values_of(borders)):
+            first = len(tiles)
+            tiles += [(start, end - start, number, first) for number in range(triton.cdiv(end - start, TILE))]
+        forwards = sorted(tiles, key=lambda tile: -tile[2])
+        backwards = sorted(tiles, key=lambda tile: tile[2] - triton.cdiv(tile[1], TILE))
+        both = torch.tensor([forwards, backwards], dtype=torch.int32).to(borders.device, non_blocking=True)
         known = _tables[borders] = (version, both)
-    return known[1][int(longest_first)]
+    return known[1][int(backward)]
 
 
 def strides_of(**tensors: Tensor) -> dict[str, int]:
