@@ -62,6 +62,33 @@ def test_compiles_for_hopper(label, monkeypatch):
     aot.check_recorded([*forwards, *backwards])
 
 
+@pytest.fixture
+def taken(monkeypatch):
+    """The tiles of each forward program, by the kernel's own arithmetic on plain numbers."""
+    monkeypatch.setattr(FORWARD, "_tile_of", FORWARD._tile_of.fn)
+
+    def walk(total, programs):
+        return [
+            [FORWARD._tile_of(turn, mine, programs) for turn in range(FORWARD._num_turns.fn(total, mine, programs))]
+            for mine in range(programs)
+        ]
+
+    return walk
+
+
+@pytest.mark.parametrize("programs", [1, 2, 132])
+@pytest.mark.parametrize("total", [1, 131, 132, 133, 263, 264, 265, 2048])
+def test_forward_programs_take_every_tile_once(total, programs, taken):
+    assert sorted(tile for mine in taken(total, programs) for tile in mine) == list(range(total))
+
+
+def test_forward_programs_have_equal_shares(taken):
+    """At S 4096 the longest tiles see 32 times as many keys as the shortest; straight on, one program had 6 % more."""
+    keys = [32 - tile // 64 for tile in range(32 * 64)]
+    shares = [sum(keys[tile] for tile in mine) for mine in taken(len(keys), 132)]
+    assert max(shares) <= 1.005 * sum(shares) / 132
+
+
 @pytest.mark.parametrize(("sequences", "num_tiles"), [(64, 8), (16, 32), (8, 64), (8, 48), (24, 24), (8, 1), (1, 300)])
 def test_backward_programs_wait_for_older_ones_alone(sequences, num_tiles, monkeypatch):
     """Key tiles of a sequence begin in their order, each once, and the longest of a window together."""
