@@ -6,6 +6,7 @@ it this is the only process, joined through an in-memory store: no port is opene
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 from typing import Any
@@ -113,6 +114,7 @@ def _join() -> None:
     options: dict[str, Any] = {}
     if "RANK" not in os.environ:
         options = {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
+        atexit.register(destroy)  # or NCCL warns; of several ranks, one that ends may be the only one
     elif missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise RuntimeError(f"RANK is set without {', '.join(missing)}; start the processes with torchrun")
     distributed.init_process_group(backend, **options)

@@ -83,3 +83,14 @@ def test_substitutions_reach_megatron_alone():
 def test_configuration_of_sizes_imports_no_torch():
     code = "import sys, vlm.model.sizes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_command_leaves_its_groups_when_it_ends():
+    """NCCL warns of a command that does not."""
+    code = (
+        "import atexit; from torch import distributed; from vlm import parallel\n"
+        "atexit.register(lambda: print('joined' if distributed.is_initialized() else 'left'))\n"  # runs last
+        "parallel.initialize(None, 0); print('joined' if distributed.is_initialized() else 'left')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["joined", "left"]

@@ -54,7 +54,7 @@ def table_of(borders: Tensor, backward: bool) -> Tensor:
     version = None if borders.is_inference() else borders._version
     known = _tables.get(borders)
     if known is None or version is None or known[0] != version:
-        tiles = []
+        tiles: list[tuple[int, int, int, int]] = []
         for start, end in itertools.pairwise(reference.values_of(borders)):
             first = len(tiles)
             tiles += [(start, end - start, number, first) for number in range(triton.cdiv(end - start, TILE))]
