@@ -519,3 +519,28 @@ def check_swiglu(x: Tensor) -> None:
     """Refuse what has no two halves."""
     if not x.dim() or x.shape[-1] % 2:
         raise ValueError(f"x: expected [.., 2F], received {tuple(x.shape)}")
+
+
+def add_rms_norm(x: Tensor, update: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The stream x + update [.., D], or x where that is None, and its RMSNorm times the gain [D].
+
+    Raises:
+        ValueError: an update or a gain of another shape or type.
+    """
+    check_add_rms_norm(x, update, gain)
+    stream = x if update is None else x + update
+    return stream, functional.rms_norm(stream, gain.shape, gain, eps)
+
+
+def check_add_rms_norm(x: Tensor, update: Tensor | None, gain: Tensor) -> None:
+    """Refuse what cannot be added or multiplied."""
+    for name, y, shape in (("update", update, x.shape), ("gain", gain, x.shape[-1:])):
+        if y is not None and y.shape != shape:
+            raise ValueError(f"{name}: expected {tuple(shape)} for x {tuple(x.shape)}, received {tuple(y.shape)}")
+        if y is not None and (y.dtype != x.dtype or y.device != x.device):
+            raise ValueError(f"{name}: {y.dtype} on {y.device} differs from x, {x.dtype} on {x.device}")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), CLIP's approximation of the GELU."""
+    return x * torch.sigmoid(1.702 * x)

@@ -1,4 +1,4 @@
-"""Rotary positions and SwiGLU, in Triton's interpreter, against their formulas written out in fp64.
+"""Rotary positions, norms and activations, in Triton's interpreter, against their formulas written out in fp64.
 
 Outputs and gradients (of random upstream gradients) may be twice as far from the fp64 result as the same formula
 evaluated in the tensors' own type, plus four units in the last place of the largest value.
@@ -12,11 +12,12 @@ import aot
 import pytest
 import torch
 
-from vlm_kernels import reference, rotary
+from vlm_kernels import add_rms_norm, norm, reference, rotary
+from vlm_kernels import quick_gelu as quick_gelu_function
 from vlm_kernels import swiglu as swiglu_function
 from vlm_kernels.rotary import rotate_heads
 
-SWIGLU = sys.modules["vlm_kernels.swiglu"]
+QUICK_GELU, SWIGLU = (sys.modules[f"vlm_kernels.{name}"] for name in ("quick_gelu", "swiglu"))
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -122,6 +123,87 @@ def test_swiglu_of_large_gates_and_with_strides():
     compare(results(lambda y: swiglu_function(y[:, 10:30]), x), lambda y: _swiglu(y[:, 10:30]), x)
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("count", "dtype"),
+    [
+        pytest.param(1, FP32, id="one"),
+        pytest.param(4097, FP32, id="one-in-the-second-block"),
+        pytest.param(8192, BF16, id="bf16-whole-blocks"),
+        pytest.param(300, FP16, id="fp16"),
+    ],
+)
+def test_quick_gelu(count, dtype):
+    x = random(count, 2, dtype=dtype) * 3
+    compare(results(lambda y: quick_gelu_function(y[:, 1]), x), lambda y: _quick_gelu(y[:, 1]), x)
+
+
+def _quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+EPS = 1e-3  # large enough to be seen
+
+
+def _split(rows, update_too):
+    """x, update and gain out of one tensor, so that all gradients are looked at together."""
+    x, update, gain = rows.split([(len(rows) - 1) // 2] * 2 + [1])
+    return x, update if update_too else None, gain[0]
+
+
+def _add_rms_norm(x, update, gain, eps):
+    stream = x if update is None else x + update
+    return stream, stream / (stream.square().mean(-1, keepdim=True) + eps).sqrt() * gain
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("update_too", [True, False], ids=["update", "stream-alone"])
+@pytest.mark.parametrize(
+    ("rows", "width", "dtype"),
+    [
+        pytest.param(3, 100, FP32, id="not-a-power-of-two"),
+        pytest.param(1, 128, FP32, id="one-row"),
+        pytest.param(530, 8, FP32, id="programs-with-two-rows"),
+        pytest.param(5, 256, FP16, id="fp16"),
+        pytest.param(5, 256, BF16, id="bf16"),
+    ],
+)
+def test_add_rms_norm(rows, width, dtype, update_too):
+    both = random(2 * rows + 1, width, dtype=dtype)
+    mine = results(lambda y: add_rms_norm(*_split(y, update_too), EPS), both)
+    compare(mine, lambda y: _add_rms_norm(*_split(y, update_too), EPS), both)
+
+
+@pytest.mark.interpreted
+def test_the_norm_is_that_of_the_stream_as_it_is_kept():
+    """Its sum is rounded to bf16 once, and the norm sees what the next layer sees."""
+    x, update, gain = random(4, 512, dtype=BF16), random(4, 512, dtype=BF16, seed=1) / 300, random(512, dtype=BF16)
+    stream, y = add_rms_norm(x, update, gain, EPS)
+    assert torch.equal(stream, x + update)
+    exact = _add_rms_norm(stream.double(), None, gain.double(), EPS)[1]
+    assert torch.equal(y, exact.to(BF16)) or (y - exact).abs().max() <= torch.finfo(BF16).eps * exact.abs().max()
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("wanted", [0, 1], ids=["stream", "norm"])
+@pytest.mark.parametrize("learning", ["x", "gain", "x update", "x update gain"])
+def test_add_rms_norm_with_some_gradients_only(wanted, learning):
+    leaves = {
+        name: random(*shape, seed=len(name)) for name, shape in (("x", (6, 32)), ("update", (6, 32)), ("gain", (32,)))
+    }
+    asked = [leaves[name].requires_grad_() for name in learning.split()]
+    upstream = random(6, 32, seed=3)
+
+    def gradients(function):
+        out = function(*leaves.values(), EPS)[wanted]
+        if not out.requires_grad:
+            return [None] * len(asked)
+        return torch.autograd.grad(out, asked, upstream, allow_unused=True)
+
+    for mine, plain in zip(gradients(add_rms_norm), gradients(_add_rms_norm), strict=True):
+        assert mine is plain is None or torch.allclose(mine, plain, rtol=1e-5, atol=1e-6)
+
+
 def test_without_a_gpu_they_are_the_twins():
     qkv, table, x = random(6, 2, 2, 5, 64), table_of(6, 2, head_dim=64), random(3, 8)
     pairs = zip(
@@ -133,6 +215,14 @@ def test_without_a_gpu_they_are_the_twins():
     compare(results(lambda y: reference.rotate_heads(y, table), qkv), turned(table), qkv)
     assert torch.equal(swiglu_function(x), reference.swiglu(x))
     compare(results(reference.swiglu, x), _swiglu, x)
+    assert torch.equal(quick_gelu_function(x), reference.quick_gelu(x))
+    compare(results(reference.quick_gelu, x), _quick_gelu, x)
+    arguments = (*_split(random(9, 16), True), EPS)
+    for mine, twin, exact in zip(
+        *(f(*arguments) for f in (add_rms_norm, reference.add_rms_norm, _add_rms_norm)), strict=True
+    ):
+        assert torch.equal(mine, twin)
+        torch.testing.assert_close(twin, exact)
 
 
 @pytest.mark.parametrize("twin", [False, True], ids=["kernel", "twin"])
@@ -159,6 +249,14 @@ def test_bad_types_are_refused_by_name():
         swiglu_function(torch.zeros(4, 8).double())
     with pytest.raises(ValueError, match=r"x: expected \[.., 2F\], received \(4, 7\)"):
         swiglu_function(torch.zeros(4, 7))
+    with pytest.raises(ValueError, match="x: dtype must be one of .* received torch.float64"):
+        quick_gelu_function(torch.zeros(4).double())
+    with pytest.raises(ValueError, match="x: dtype must be one of .* received torch.float64"):
+        add_rms_norm(torch.zeros(4, 8).double(), None, torch.zeros(8).double(), EPS)
+    with pytest.raises(ValueError, match=r"update: expected \(4, 8\) for x \(4, 8\), received \(8,\)"):
+        add_rms_norm(torch.zeros(4, 8), torch.zeros(8), torch.zeros(8), EPS)
+    with pytest.raises(ValueError, match="gain: torch.bfloat16 on cpu differs from x, torch.float32"):
+        add_rms_norm(torch.zeros(4, 8), None, torch.zeros(8, dtype=BF16), EPS)
 
 
 @pytest.mark.compiled
@@ -174,12 +272,24 @@ def test_compiled_for_hopper(dtype):
 
         return run
 
+    def norm_both_ways(learns):
+        def run():
+            both = [torch.empty(64, 4096, dtype=dtype, requires_grad=True) for _ in range(2)]
+            gain = torch.empty(4096, dtype=dtype, requires_grad=learns)
+            out = norm._AddRMSNorm.apply(*both, gain, 1e-5)
+            torch.autograd.grad(out, [*both, gain] if learns else both, [torch.empty_like(y) for y in out])
+
+        return run
+
     table = torch.empty(2, 64, 64, dtype=dtype)
     label = str(dtype)[6:]
-    heads = aot.compile_launches(
-        f"rotary {label}", rotary, both_ways(lambda y: rotary._RotateHeads.apply(y, table), qkv)
-    )
-    gated = aot.compile_launches(f"swiglu {label}", SWIGLU, both_ways(SWIGLU._SwiGLU.apply, x))
-    assert len(heads) == len(gated) == 2
-    aot.check([*heads, *gated], matrix=False)
-    aot.check_recorded([*heads, *gated])
+    compiled = [
+        *aot.compile_launches(f"rotary {label}", rotary, both_ways(lambda y: rotary._RotateHeads.apply(y, table), qkv)),
+        *aot.compile_launches(f"swiglu {label}", SWIGLU, both_ways(SWIGLU._SwiGLU.apply, x)),
+        *aot.compile_launches(f"quick_gelu {label}", QUICK_GELU, both_ways(QUICK_GELU._QuickGELU.apply, x)),
+        *aot.compile_launches(f"norm {label}", norm, norm_both_ways(learns=False)),
+        *aot.compile_launches(f"norm {label} gain learns", norm, norm_both_ways(learns=True)),
+    ]
+    assert len(compiled) == 10
+    aot.check(compiled, matrix=False)
+    aot.check_recorded(compiled)

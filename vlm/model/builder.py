@@ -25,7 +25,6 @@ from vlm import parallel as processes
 from vlm.config import Config, Kernels, Models, Parallel, Projector
 from vlm.model import cpu
 from vlm.model.language import LanguageModel
-from vlm.model.layers import quick_gelu
 from vlm.model.llava import Llava
 from vlm.model.sizes import CLIP_MEAN, CLIP_STD, LanguageSizes, VisionSizes, language_sizes, vision_sizes
 from vlm.model.specs import TorchSpecs, provider
@@ -34,7 +33,6 @@ from vlm.model.vision import VisionModel
 Backend = Literal["torch", "triton", "transformer_engine"]
 Dtype = Literal["float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": functional.gelu}
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def build(
     vision_model, projection = None, None
     feature_layers = vision.num_built_layers(settings.models.vision.feature_layer)
     if first:
-        vision_model = VisionModel(vision, _vision_config(vision, feature_layers, common), specs)
+        vision_model = VisionModel(vision, _vision_config(vision, feature_layers, specs, common), specs)
         projection = _projection(projector, language, vision, specs, common)
     model = Llava(vision_model, projection, language_model, specs, image_mean=image_mean, image_std=image_std)
     _mark_shards(model)
@@ -196,7 +194,7 @@ def _language_config(sizes: LanguageSizes, layout: Parallel, common: dict[str, A
     )
 
 
-def _vision_config(sizes: VisionSizes, num_layers: int, common: dict[str, Any]) -> TransformerConfig:
+def _vision_config(sizes: VisionSizes, num_layers: int, specs: TorchSpecs, common: dict[str, Any]) -> TransformerConfig:
     return TransformerConfig(
         num_layers=num_layers,
         hidden_size=sizes.hidden_size,
@@ -204,7 +202,7 @@ def _vision_config(sizes: VisionSizes, num_layers: int, common: dict[str, Any]) 
         ffn_hidden_size=sizes.ffn_hidden_size,
         normalization="LayerNorm",
         layernorm_epsilon=sizes.norm_eps,
-        activation_func=ACTIVATIONS[sizes.activation],
+        activation_func={"quick_gelu": specs.quick_gelu, "gelu": functional.gelu}[sizes.activation],
         add_bias_linear=True,
         init_method_std=sizes.init_std,
         **common,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import vlm_kernels
 from vlm.model import cpu
-from vlm.model.layers import CoreAttention, Layer, Norm, SelfAttention, SwiGLU, bias_in_product, residual_add
+from vlm.model.layers import CoreAttention, Layer, Norm, SelfAttention, SwiGLU, bias_in_product
 from vlm_kernels import reference
 
 
@@ -31,7 +31,9 @@ class TorchSpecs:
     norm: Callable[..., torch.nn.Module] = Norm
     self_attention: type = SelfAttention
     core_attention: type = CoreAttention
+    layer: type = Layer
     swiglu: type = SwiGLU
+    quick_gelu: Callable[[Tensor], Tensor] = staticmethod(reference.quick_gelu)
     linear_cross_entropy: Callable[..., Tensor] = staticmethod(reference.linear_cross_entropy)
     project_image_tokens: Callable[..., Tensor] = staticmethod(reference.project_image_tokens)
 
@@ -51,14 +53,12 @@ class TorchSpecs:
             ),
         )
         layer = ModuleSpec(
-            module=Layer,
+            module=self.layer,
             submodules=TransformerLayerSubmodules(
                 input_layernorm=self.norm,
                 self_attention=attention,
-                self_attn_bda=residual_add,
                 pre_mlp_layernorm=self.norm,
                 mlp=ModuleSpec(module=MLP, submodules=self.mlp(gated)),
-                mlp_bda=residual_add,
             ),
         )
         return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=self.norm)
@@ -76,13 +76,27 @@ class TritonSwiGLU(SwiGLU):
     swiglu = staticmethod(vlm_kernels.swiglu)
 
 
+class TritonLayer(Layer):
+    def add_and_norm(
+        self, stream: Tensor, update: tuple[Tensor, Tensor | None] | None, norm: torch.nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        """As Layer's, in one kernel where there are no biases."""
+        x, bias = update or (None, None)
+        assert isinstance(norm, Norm)
+        if bias is not None or norm.bias is not None:
+            return super().add_and_norm(stream, update, norm)
+        return vlm_kernels.add_rms_norm(stream, x, norm.weight, norm.eps)
+
+
 class TritonSpecs(TorchSpecs):
     """Our kernels. On the CPU they are their plain twins, so this backend then equals `torch`."""
 
     column_linear = bias_in_product(TorchSpecs.column_linear)
     row_linear = bias_in_product(TorchSpecs.row_linear)
     self_attention = TritonSelfAttention
+    layer = TritonLayer
     swiglu = TritonSwiGLU
+    quick_gelu = staticmethod(vlm_kernels.quick_gelu)
     core_attention = TritonAttention
     linear_cross_entropy = staticmethod(vlm_kernels.linear_cross_entropy)
     project_image_tokens = staticmethod(vlm_kernels.project_image_tokens)
