@@ -158,6 +158,12 @@ def test_a_head_is_columns_of_a_matrix_of_rows():
         pytest.param(torch.empty(2 * 64 + 1, dtype=BF16)[1:].view(1, 2, 64), False, id="first-word-unaligned"),
         pytest.param(torch.empty(1, 2, 64, dtype=BF16).expand(4, 2, 64), False, id="one-row-for-all"),
         pytest.param(torch.empty(64, 2, 4, dtype=BF16).permute(2, 1, 0), False, id="columns-first"),
+        pytest.param(torch.empty(4, 2, 68, dtype=BF16)[..., :64], False, id="heads-of-136-bytes"),
+        pytest.param(torch.empty(4, 1, 2, 72, dtype=BF16)[..., :64], True, id="heads-of-144-bytes"),
+        pytest.param(torch.empty(8, 2, 64, dtype=BF16, device="meta").transpose(0, 1), True, id="batch-first"),
+        pytest.param(
+            torch.empty(129, 2**17, 128, dtype=BF16, device="meta").transpose(0, 1), False, id="columns-beyond-32-bits"
+        ),
     ],
 )
 def test_what_the_copy_engine_can_address(x, expected):

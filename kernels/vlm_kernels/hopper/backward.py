@@ -17,8 +17,9 @@ Scores are taken transposed, [N, M], so that p and ds are left operands in regis
 shared memory, for dq. ptxas puts all products one behind the other if one is under way between two rounds of a loop, or
 if a branch lies between two: a tile's own queries have a loop of their own.
 
-Memory, in elements beyond the gradients: sums S H K in fp32, delta S H. On an H200, with cuDNN's time in brackets:
-2.44 ms (2.61) at S 8192 with 32/8 heads of 128, 1.35 (1.47) for two of S 4096, 0.39 (0.45) for CLIP.
+Memory, in elements beyond the gradients: sums S H K in fp32, S rounded up to whole tiles per segment; delta S H. On an
+H200, with cuDNN's time in brackets: 2.44 ms (2.61) at S 8192 with 32/8 heads of 128, 1.35 (1.47) for two of S 4096,
+0.39 (0.45) for CLIP.
 
 Shapes: B batch, S sequence, T packed tokens, H query heads, G key/value heads, K head dim, M query tile, N key tile.
 """
@@ -51,8 +52,8 @@ QUERY_ROWS = {64: 128, 128: 64}  # of a step, by head dim: what fits into regist
 LINE = 32  # fp32 of a row in which the sums leave shared memory: 128 bytes
 DELTA_ROWS = 32  # of a program of the kernel before
 FULL_WINDOW = 0.9  # of the multiprocessors busy with the first tiles of a window
-WAIT_FOR_ALL = gl.constexpr("cp.async.bulk.wait_group 0; mov.u32 $0, $1;")
-WAIT_FOR_ALL_BUT_ONE = gl.constexpr("cp.async.bulk.wait_group 1; mov.u32 $0, $1;")
+WAIT_FOR_ALL = gl.constexpr("cp.async.bulk.wait_group 0; bar.warp.sync -1; mov.u32 $0, $1;")
+WAIT_FOR_ALL_BUT_ONE = gl.constexpr("cp.async.bulk.wait_group 1; bar.warp.sync -1; mov.u32 $0, $1;")
 SEE_WHAT_WAS_ADDED = gl.constexpr("fence.acq_rel.gpu; fence.proxy.async; mov.u32 $0, $1;")
 
 
@@ -63,9 +64,9 @@ def _delta_kernel(
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """delta_i = o_i . w_i"""
-    head = tl.program_id(1) % num_heads
-    batch = tl.program_id(1) // num_heads
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    head = tl.program_id(0) % num_heads
+    batch = tl.program_id(0) // num_heads
+    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, HEAD_DIM)
     inside = row < num_rows
     row_64 = row.to(tl.int64)[:, None]
@@ -74,7 +75,7 @@ def _delta_kernel(
     out = tl.load(out_ptr + row_64 * stride_ot + d[None, :], mask=inside[:, None], other=0.0)
     w = tl.load(w_ptr + row_64 * stride_wt + d[None, :], mask=inside[:, None], other=0.0)
     delta = tl.sum(out.to(tl.float32) * w.to(tl.float32), 1)
-    tl.store(delta_ptr + tl.program_id(1).to(tl.int64) * num_rows + row, delta, mask=inside)
+    tl.store(delta_ptr + tl.program_id(0).to(tl.int64) * num_rows + row, delta, mask=inside)
 
 
 @gluon.jit
@@ -408,6 +409,9 @@ def _add(
     The first one writes, so that nothing has to be zero before, and for the last one the sums are fetched. A step's sum
     is announced when the next one is on its way, or earlier if this warp has to wait for others, who may be waiting
     for it. `tma.store_wait` would only wait until shared memory was read.
+
+    An addition has no fence between its turn and itself, on which PTX insists: it starts after the load that saw the
+    turn, and adds where what was announced before has arrived. The fetch has one.
     """
     q_tiles, w_tiles, statistics, k_tiles, v_tiles, ds_tile, dq_tiles = tiles
     kv_full, kv_free, q_full, w_full, s_full, done, dq_free, sum_full = barriers
@@ -482,6 +486,8 @@ def _backward_kernel(
     num_tiles, num_batches, num_groups, heads_per_group, together, q_len, num_rows, scale, softmax_scale,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
+    # A key tile after another meets a query tile again two steps later at the earliest, when its addition has arrived.
+    gl.static_assert(BLOCK_N % BLOCK_M == 0)
     dtype: gl.constexpr = q_desc.dtype
     HEAD_DIM: gl.constexpr = q_desc.block_type.shape[1]
     KV_STAGES: gl.constexpr = 1 if CAUSAL or HEAD_DIM > 64 else 2  # only one program owns several, and there is room
@@ -571,7 +577,7 @@ def attention_backward(
     """dq, dk and dv, contiguous, for the upstream gradient w of `attention_forward`'s out, and its L."""
     groups, per_group, head_dim = q.shape[-3:]
     if not copyable(w):
-        w = w.contiguous()
+        w = w.clone(memory_format=torch.contiguous_format)
     table = table_of(borders, backward=True) if borders is not None else None
     num_batches = q.shape[1] if table is None else 1
     num_tiles = len(table) if table is not None else triton.cdiv(len(q), TILE)
@@ -581,7 +587,7 @@ def attention_backward(
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     sums = torch.empty((num_tiles * heads * num_batches * TILE * head_dim // LINE, LINE), device=q.device)
     turns = torch.zeros(1 + num_tiles * heads * num_batches * (TILE // block), dtype=torch.int32, device=q.device)
-    _delta_kernel[(triton.cdiv(num_rows, DELTA_ROWS), heads * num_batches)](
+    _delta_kernel[(heads * num_batches, triton.cdiv(num_rows, DELTA_ROWS))](
         out, w, delta, **strides_of(o=out, w=w), stride_ot=out.stride(0), stride_wt=w.stride(0),
         num_heads=heads, num_rows=num_rows, HEAD_DIM=head_dim, BLOCK=DELTA_ROWS, num_warps=4,
     )  # fmt: skip

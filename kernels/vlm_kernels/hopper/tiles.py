@@ -15,18 +15,27 @@ from vlm_kernels import reference
 
 TILE = 128  # rows of a query tile in the forward pass and of a key tile in the backward pass, keys of a step
 COLUMNS = gl.constexpr(4)  # of a pack's table
-ALIGNMENT_BYTES = 16  # of a descriptor's first element and of its rows
+ALIGNMENT_BYTES = 16  # of all that the copy engine reads in one piece
+MOST_COLUMNS = 2**31 - 1  # its coordinates have 32 bits
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
 def copyable(x: Tensor) -> bool:
-    """Whether the copy engine can address the rows of x [S, .., K] where they lie."""
+    """Whether the copy engine can address the heads of x [S, .., K] where they lie."""
+    outer = [
+        stride * x.element_size() for size, stride in zip(x.shape[1:-1], x.stride()[1:-1], strict=True) if size > 1
+    ]
     return (
         x.stride(-1) == 1
         and x.stride(0) > 0
-        and x.data_ptr() % ALIGNMENT_BYTES == 0
-        and x.stride(0) * x.element_size() % ALIGNMENT_BYTES == 0
+        and not any(step % ALIGNMENT_BYTES for step in (x.data_ptr(), x.stride(0) * x.element_size(), *outer))
+        and _width(x) <= MOST_COLUMNS
     )
+
+
+def _width(x: Tensor) -> int:
+    """Columns of x [S, .., K] as a matrix of S rows, from the first element of a row to its last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
 
 
 def multiprocessors(x: Tensor) -> int:
@@ -36,10 +45,9 @@ def multiprocessors(x: Tensor) -> int:
 
 def rows_of(x: Tensor, rows: int) -> TensorDescriptor:
     """x [S, .., K] as a matrix of S rows in which a head is K columns, to be copied `rows` rows of a head at once."""
-    width = 1 + sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
     block = [rows, x.shape[-1]]
     layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[x.dtype])
-    return TensorDescriptor(x, [len(x), width], [x.stride(0), 1], block, layout)
+    return TensorDescriptor(x, [len(x), _width(x)], [x.stride(0), 1], block, layout)
 
 
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
