@@ -375,7 +375,7 @@ def _asm(CODE: gl.constexpr):
 
 
 @gluon.jit
-def _sum_of(step, number, place, tiles_of_head, heads_per_group, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+def _sum_of(step, place, tiles_of_head, heads_per_group, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """Where the sums of a step's query tile are, in tiles of M."""
     group, batch, start, length, first_tile, first, last = place
     query, member = _query_tile(step, length, heads_per_group, BLOCK_M)
@@ -425,7 +425,7 @@ def _add(
     total = (last - number + 1) * num_steps
     step = 0
     announced = -1
-    index = _sum_of(step, number, place, tiles_of_head, heads_per_group, BLOCK_M, BLOCK_N)
+    index = _sum_of(step, place, tiles_of_head, heads_per_group, BLOCK_M, BLOCK_N)
     turn = _turn(turn_ptr, index, number, CAUSAL)
     for count in range(adds):
         stage = count % STAGES
@@ -447,7 +447,7 @@ def _add(
         if step == num_steps:
             step = 0
             number += 1
-        next_index = _sum_of(step, number, place, tiles_of_head, heads_per_group, BLOCK_M, BLOCK_N)
+        next_index = _sum_of(step, place, tiles_of_head, heads_per_group, BLOCK_M, BLOCK_N)
         turn = _turn(turn_ptr, next_index, number, CAUSAL)
         if announced >= 0:
             _asm(WAIT_FOR_ALL_BUT_ONE)
@@ -469,7 +469,7 @@ def _add(
         mbarrier.expect(sum_full.index(stage), sum_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(sum_desc, [index * LINES, 0], sum_full.index(stage), lines)
         step = gl.minimum(step + 1, num_steps - 1)
-        index = _sum_of(step, number, place, tiles_of_head, heads_per_group, BLOCK_M, BLOCK_N)
+        index = _sum_of(step, place, tiles_of_head, heads_per_group, BLOCK_M, BLOCK_N)
         turn = _turn(turn_ptr, index, number, CAUSAL)
 
 
