@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,98 +19,89 @@ from vlm_kernels import reference
 T, D, F = 9984, 4096, 14336
 CLIP_ROWS, CLIP_F = 16 * 577, 4096
 EPS = 1e-5
-STAGES = pytest.mark.parametrize("stage", ["forward", "forward + backward"])
+Forward = tuple[Callable[[], tuple[Tensor, ...]], list[Tensor]]
 
 
-def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.float32).to(dtype)
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda").to(torch.bfloat16)
 
 
-def build(stage: str, forward: Callable[[], tuple[Tensor, ...]], leaves: list[Tensor]) -> Callable[[], object]:
-    """The call of a stage, with an upstream gradient for each output."""
-    if stage == "forward":
-        return forward
-    upstream = [torch.randn_like(y) for y in forward()]
-    return lambda: torch.autograd.grad(forward(), leaves, upstream)
-
-
-@STAGES
-@pytest.mark.parametrize("provider", ["ours", "transformer_engine", "eager"])
-def test_add_rms_norm(measure, provider, stage):
+def add_rms_norm(provider: str) -> Forward:
     """As in pretraining, the gain is frozen."""
+    x, update = leaves = [random(T, D).requires_grad_() for _ in range(2)]
+    gain = random(D)
+    if provider != "transformer_engine":
+        function = vlm_kernels.add_rms_norm if provider == "ours" else reference.add_rms_norm
+        return lambda: function(x, update, gain, EPS), leaves
+    layer = importlib.import_module("transformer_engine.pytorch").RMSNorm(D, eps=EPS, dtype=x.dtype)
+    layer.weight.requires_grad_(False)
 
-    def make():
+    def by_engine() -> tuple[Tensor, Tensor]:
+        stream = x + update
+        return stream, layer(stream)
+
+    return by_engine, leaves
+
+
+def swiglu(provider: str) -> Forward:
+    x = random(T, 2 * F).requires_grad_()
+    if provider == "liger":
+        function = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
+        halves = [half.contiguous().detach().requires_grad_() for half in x.chunk(2, -1)]
+        return lambda: (function.apply(*halves),), halves
+    ours = vlm_kernels.swiglu if provider == "ours" else reference.swiglu
+    return lambda: (ours(x),), [x]
+
+
+def quick_gelu(provider: str) -> Forward:
+    x = random(CLIP_ROWS, CLIP_F).requires_grad_()
+    function = vlm_kernels.quick_gelu if provider == "ours" else reference.quick_gelu
+    return lambda: (function(x),), [x]
+
+
+class Operation(NamedTuple):
+    """What is measured, and the elements that must be moved forward and both ways."""
+
+    make: Callable[[str], Forward]
+    shape: str
+    forward: int
+    both: int
+
+
+OPERATIONS = {
+    "add_rms_norm": Operation(add_rms_norm, f"T {T}, D {D}, gain frozen", 4 * T * D, 8 * T * D),
+    "swiglu": Operation(swiglu, f"T {T}, F {F}", 3 * T * F, 8 * T * F),
+    "quick_gelu": Operation(quick_gelu, f"N 16 x 577, F {CLIP_F}", 2 * CLIP_ROWS * CLIP_F, 5 * CLIP_ROWS * CLIP_F),
+}
+PROVIDERS = {
+    "add_rms_norm": ("ours", "transformer_engine", "eager"),
+    "swiglu": ("ours", "liger", "eager"),
+    "quick_gelu": ("ours", "eager"),
+}
+
+
+@pytest.mark.parametrize("stage", ["forward", "forward + backward"])
+@pytest.mark.parametrize(("name", "provider"), [(name, one) for name, several in PROVIDERS.items() for one in several])
+def test_elementwise(measure, name, provider, stage):
+    operation = OPERATIONS[name]
+
+    def make() -> Callable[[], object]:
         torch.manual_seed(0)
-        x, update = (random(T, D).requires_grad_() for _ in range(2))
-        gain = random(D)
-        if provider == "ours":
-            return build(stage, lambda: vlm_kernels.add_rms_norm(x, update, gain, EPS), [x, update])
-        if provider == "eager":
-            return build(stage, lambda: reference.add_rms_norm(x, update, gain, EPS), [x, update])
-        layer = importlib.import_module("transformer_engine.pytorch").RMSNorm(D, eps=EPS, dtype=x.dtype)
-        layer.weight.requires_grad_(False)
-
-        def by_engine():
-            stream = x + update
-            return stream, layer(stream)
-
-        return build(stage, by_engine, [x, update])
+        forward, leaves = operation.make(provider)
+        if stage == "forward":
+            return forward
+        upstream = [torch.randn_like(y) for y in forward()]
+        return lambda: torch.autograd.grad(forward(), leaves, upstream)
 
     measure(
         make,
         provider=provider,
-        operation="add_rms_norm",
-        shape=f"T {T}, D {D}, gain frozen",
+        operation=name,
+        shape=operation.shape,
         dtype="bfloat16",
         stage=stage,
         flop=None,
-        moved_bytes=2 * T * D * (4 if stage == "forward" else 8),
-    )
-
-
-@STAGES
-@pytest.mark.parametrize("provider", ["ours", "liger", "eager"])
-def test_swiglu(measure, provider, stage):
-    def make():
-        torch.manual_seed(0)
-        x = random(T, 2 * F).requires_grad_()
-        if provider == "liger":
-            function = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
-            halves = [half.contiguous().detach().requires_grad_() for half in x.chunk(2, -1)]
-            return build(stage, lambda: (function.apply(*halves),), halves)
-        swiglu = vlm_kernels.swiglu if provider == "ours" else reference.swiglu
-        return build(stage, lambda: (swiglu(x),), [x])
-
-    measure(
-        make,
-        provider=provider,
-        operation="swiglu",
-        shape=f"T {T}, F {F}",
-        dtype="bfloat16",
-        stage=stage,
-        flop=None,
-        moved_bytes=2 * T * F * (3 if stage == "forward" else 8),
-    )
-
-
-@STAGES
-@pytest.mark.parametrize("provider", ["ours", "eager"])
-def test_quick_gelu(measure, provider, stage):
-    def make():
-        torch.manual_seed(0)
-        x = random(CLIP_ROWS, CLIP_F).requires_grad_()
-        quick_gelu = vlm_kernels.quick_gelu if provider == "ours" else reference.quick_gelu
-        return build(stage, lambda: (quick_gelu(x),), [x])
-
-    measure(
-        make,
-        provider=provider,
-        operation="quick_gelu",
-        shape=f"N 16 x 577, F {CLIP_F}",
-        dtype="bfloat16",
-        stage=stage,
-        flop=None,
-        moved_bytes=2 * CLIP_ROWS * CLIP_F * (2 if stage == "forward" else 5),
+        moved_bytes=2 * (operation.forward if stage == "forward" else operation.both),
     )
 
 
