@@ -36,7 +36,7 @@ def projection(length, batch, groups, per_group, head_dim, dtype, packed):
 @pytest.mark.compiled
 @pytest.mark.parametrize("label", COMPILED)
 def test_compiles_for_hopper(label, monkeypatch):
-    """Without spills forwards; backwards a few words, of which the loop that most steps take loads two at most."""
+    """Without spills forwards; backwards with a few words of them, as compiled.txt says."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
     length, batch, groups, per_group, head_dim, causal, dtype, lengths = COMPILED[label]
     q, k, v = projection(length, batch, groups, per_group, head_dim, dtype, lengths is not None)
