@@ -455,7 +455,13 @@ def load(path: str | Path) -> Config:
         tree = yaml.safe_load(stream)
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
-    return validate(tree, where=str(path))
+    try:
+        return validate(tree, where=str(path))
+    except ValueError as error:
+        if all(name in tree for name, field in Config.model_fields.items() if field.is_required()):
+            raise
+        hint = "an overlay by itself? Commands read the whole of it, which a run writes to results/{run}/config.yaml"
+        raise ValueError(f"{error}\n{hint}") from None
 
 
 def dump(config: Config) -> str:

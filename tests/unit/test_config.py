@@ -135,6 +135,16 @@ def test_all_mistakes_are_named_at_once() -> None:
     assert "seeed" in str(refusal.value) and "stages.sft.iterations" in str(refusal.value)
 
 
+def test_an_overlay_by_itself_is_recognised(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"seed: is missing[\s\S]*an overlay by itself\? .* results/{run}/config.yaml"):
+        load(ROOT / "config/small.yaml")
+    mistaken = tmp_path / "config.yaml"
+    mistaken.write_text(yaml.safe_dump(merged("tiny") | {"sed": 1}))
+    with pytest.raises(ValueError, match="sed") as refused:
+        load(mistaken)
+    assert "overlay" not in str(refused.value)
+
+
 def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("- a list\n")
     with pytest.raises(ValueError, match=r"config\.yaml.*list"):
