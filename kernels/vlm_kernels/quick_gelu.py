@@ -23,14 +23,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK = 4096  # elements that one program takes
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def _forward_kernel(x_ptr, y_ptr, count, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + index, mask=index < count, other=0.0).to(tl.float32)
     tl.store(y_ptr + index, x * tl.sigmoid(1.702 * x), mask=index < count)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def _backward_kernel(x_ptr, w_ptr, dx_ptr, count, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + index, mask=index < count, other=0.0).to(tl.float32)

@@ -46,6 +46,7 @@ class Compiled:
     shared_bytes: int
     hgmma: int  # warp-group matrix instructions in the SASS
     waits: int  # for such instructions
+    narrow: int  # loads and stores of global memory by single 16-bit words, which a mask can cause
 
     def __str__(self):
         return (
@@ -103,6 +104,7 @@ def read_back(label, binary) -> Compiled:
         shared_bytes=metadata.shared,
         hgmma=len(re.findall(r"\bHGMMA\b", sass)),
         waits=len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass)),
+        narrow=len(re.findall(r"\b(?:LDG|STG)\.\S*U16\b", sass)),
     )
 
 

@@ -288,4 +288,5 @@ def test_compiled_for_hopper(dtype):
     ]
     assert len(compiled) == 10
     aot.check(compiled, matrix=False)
+    assert not any(kernel.narrow for kernel in compiled)
     aot.check_recorded(compiled)
