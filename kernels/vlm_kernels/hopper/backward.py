@@ -192,7 +192,7 @@ def _load(
 @gluon.jit
 def _steps(
     dk, dv, count, low, high, number, place, tiles, barriers, outputs, heads_per_group, scale, softmax_scale,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, LAST: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, LAST: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Steps [low, high) of a key tile: dk and dv [N, K] with theirs added.
 
@@ -248,38 +248,31 @@ def _steps(
         if LAST:
             mbarrier.wait(sum_full.index(stage), (step - low) // STAGES & 1)
             dq += gl.where(number > 0, dq_tiles.index(stage).load(Q), 0.0)
-            _write_queries((dq * softmax_scale).to(dtype), step, place, outputs, heads_per_group, BLOCK_M, HEAD_DIM, Q)
         else:
             mbarrier.wait(dq_free.index(stage), phase ^ 1)
             dq_tiles.index(stage).store(dq)
         dk = warpgroup_mma_wait(0, [dk_token])
+        if LAST:  # through the tile of ds, which has been multiplied, into rows
+            dq_tile = ds_tile._reinterpret(dtype, [BLOCK_M, HEAD_DIM], q.layout)
+            dq_tile.store((dq * softmax_scale).to(dtype))
+            dq_rows = dq_tile.load(ROWS)
         fence_async_shared()
         mbarrier.arrive(done.index(stage))
+        if LAST:
+            query, member = _query_tile(step, length, heads_per_group, BLOCK_M)
+            _write(dq_rows, query * BLOCK_M, group * heads_per_group + member, place, outputs[0], ROWS)
         count += 1
     return dk, dv, count
 
 
 @gluon.jit
-def _write_queries(
-    dq, step, place, outputs, heads_per_group, BLOCK_M: gl.constexpr, HEAD_DIM: gl.constexpr, Q: gl.constexpr
-):
-    group, batch, start, length, first_tile, first, last = place
-    dq_ptr, stride_dqt, stride_dqb, stride_dqh = outputs[0]
-    query, member = _query_tile(step, length, heads_per_group, BLOCK_M)
-    row = query * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, Q))
-    d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, Q))
-    dq_ptr += batch.to(gl.int64) * stride_dqb + (group * heads_per_group + member).to(gl.int64) * stride_dqh
-    dq_ptrs = dq_ptr + (start + row).to(gl.int64)[:, None] * stride_dqt + d[None, :]
-    gl.store(dq_ptrs, dq, mask=(row < length)[:, None])
-
-
-@gluon.jit
-def _write_keys(x, number, place, output, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr):
-    group, batch, start, length, first_tile, first, last = place
+def _write(x, first_row, head, place, output, ROWS: gl.constexpr):
+    """x [.., K] to a head's gradient, from that row of the sequence on, as far as the sequence goes."""
+    batch, start, length = place[1], place[2], place[3]
     ptr, stride_t, stride_b, stride_h = output
-    row = number * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ROWS))
-    d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, ROWS))
-    ptr += batch.to(gl.int64) * stride_b + group.to(gl.int64) * stride_h
+    row = first_row + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, ROWS))
+    d = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, ROWS))
+    ptr += batch.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h
     gl.store(ptr + (start + row).to(gl.int64)[:, None] * stride_t + d[None, :], x, mask=(row < length)[:, None])
 
 
@@ -304,12 +297,12 @@ def _key_tile(
     if CAUSAL or not LAST:
         dk, dv, count = _steps(
             dk, dv, count, 0, adds, number, place, tiles, barriers, outputs, heads_per_group, scale, softmax_scale,
-            BLOCK_M, BLOCK_N, CAUSAL, False,
+            BLOCK_M, BLOCK_N, CAUSAL, False, ROWS,
         )  # fmt: skip
     if LAST:
         dk, dv, count = _steps(
             dk, dv, count, adds, num_steps, number, place, tiles, barriers, outputs, heads_per_group, scale,
-            softmax_scale, BLOCK_M, BLOCK_N, CAUSAL, True,
+            softmax_scale, BLOCK_M, BLOCK_N, CAUSAL, True, ROWS,
         )  # fmt: skip
     # Through the tiles, which nobody reads any more, into rows.
     v_tile.store(dv.to(dtype))
@@ -318,8 +311,8 @@ def _key_tile(
     dk_rows = k_tile.load(ROWS)
     fence_async_shared()
     mbarrier.arrive(kv_free)
-    _write_keys(dk_rows, number, place, outputs[1], BLOCK_N, HEAD_DIM, ROWS)
-    _write_keys(dv_rows, number, place, outputs[2], BLOCK_N, HEAD_DIM, ROWS)
+    _write(dk_rows, number * BLOCK_N, place[0], place, outputs[1], ROWS)
+    _write(dv_rows, number * BLOCK_N, place[0], place, outputs[2], ROWS)
     return count
 
 
@@ -406,9 +399,9 @@ def _add(
 ):  # fmt: skip
     """The warp that adds a query tile's gradient up in memory, key tile after key tile.
 
-    The first one writes, so that nothing has to be zero before, and for the last one the sums are fetched. A step's sum
-    is announced when the next one is on its way, or earlier if this warp has to wait for others, who may be waiting
-    for it. `tma.store_wait` would only wait until shared memory was read.
+    The first one writes, so that nothing has to be zero before, and for the last one the sums are fetched, if others
+    have added to them. A step's sum is announced when the next one is on its way, or earlier if this warp has to wait
+    for others, who may be waiting for it. `tma.store_wait` would only wait until shared memory was read.
 
     An addition has no fence between its turn and itself, on which PTX insists: it starts after the load that saw the
     turn, and adds where what was announced before has arrived. The fetch has one.
@@ -465,9 +458,12 @@ def _add(
         while turn < number:
             turn = _turn(turn_ptr, index, number, CAUSAL)
         _asm(SEE_WHAT_WAS_ADDED)
-        lines = dq_tiles.index(stage)._reinterpret(gl.float32, sum_desc.block_type.shape, sum_desc.layout)
-        mbarrier.expect(sum_full.index(stage), sum_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(sum_desc, [index * LINES, 0], sum_full.index(stage), lines)
+        if number > 0:
+            lines = dq_tiles.index(stage)._reinterpret(gl.float32, sum_desc.block_type.shape, sum_desc.layout)
+            mbarrier.expect(sum_full.index(stage), sum_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(sum_desc, [index * LINES, 0], sum_full.index(stage), lines)
+        else:
+            mbarrier.arrive(sum_full.index(stage))
         step = gl.minimum(step + 1, num_steps - 1)
         index = _sum_of(step, place, tiles_of_head, heads_per_group, BLOCK_M, BLOCK_N)
         turn = _turn(turn_ptr, index, number, CAUSAL)
