@@ -13,9 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-IGNORE = -100
-"""Label of a position that is not trained, as in `torch.nn.functional.cross_entropy`."""
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -42,8 +39,6 @@ class PackedBatch:
 
     tokens_S: torch.Tensor
     """int64 [S]. Image positions hold the image token's id, padding holds 0."""
-    labels_S: torch.Tensor
-    """int64 [S], shifted left: the label at t is token t + 1 of the same sample; -100 where nothing is trained."""
     positions_S: torch.Tensor
     """int64 [S], restarting at 0 with every sample and with the padding."""
     cu_seqlens: torch.Tensor
@@ -55,7 +50,9 @@ class PackedBatch:
     image_positions: torch.Tensor
     """int64 [N * P], slots in S of the image tokens, in picture order."""
     trained_positions: torch.Tensor
-    """int64 [R], slots whose label is not -100."""
+    """int64 [R], slots whose next token is trained: of the same sample, and part of an answer."""
+    labels_R: torch.Tensor
+    """int64 [R], those next tokens."""
     sample_keys: tuple[str, ...]
     """`<data set>/<sample>` of each sample, in order."""
 
@@ -98,7 +95,7 @@ def pack(
     if used > sequence_length:
         raise ValueError(f"{', '.join(keys)}: {used} tokens do not fit into a sequence of {sequence_length}")
     tokens_S = np.zeros(sequence_length, np.int64)
-    labels_S = np.full(sequence_length, IGNORE, np.int64)
+    trained = []
     positions_S = np.empty(sequence_length, np.int64)
     borders = [0]
     image_positions = []
@@ -106,22 +103,23 @@ def pack(
         start, end = borders[-1], borders[-1] + len(sample)
         tokens_S[start:end] = sample.tokens_L
         # The first token of a sample is nobody's label: the slot before it belongs to another sample.
-        labels_S[start : end - 1] = np.where(sample.trained_L[1:], sample.tokens_L[1:], IGNORE)
+        trained.append(start + np.flatnonzero(sample.trained_L[1:]))
         positions_S[start:end] = np.arange(end - start)
         image_positions.append(sample.image_positions + start)
         borders.append(end)
     if used < sequence_length:
         positions_S[used:] = np.arange(sequence_length - used)
         borders.append(sequence_length)
+    positions_R = np.concatenate(trained) if samples else np.zeros(0, np.int64)
     pictures = np.stack(images) if len(images) else np.zeros((0, 3, image_size, image_size), np.uint8)
     return PackedBatch(
         tokens_S=torch.from_numpy(tokens_S),
-        labels_S=torch.from_numpy(labels_S),
         positions_S=torch.from_numpy(positions_S),
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
         max_seqlen=int(np.diff(borders).max()),
         images=torch.from_numpy(pictures),
         image_positions=torch.from_numpy(np.concatenate(image_positions) if samples else np.zeros(0, np.int64)),
-        trained_positions=torch.from_numpy(np.flatnonzero(labels_S != IGNORE)),
+        trained_positions=torch.from_numpy(positions_R),
+        labels_R=torch.from_numpy(tokens_S[positions_R + 1]),
         sample_keys=tuple(keys),
     )

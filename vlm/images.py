@@ -5,6 +5,7 @@ Pictures stay uint8 until they are on the device: a quarter of the bytes to move
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,7 +117,11 @@ def normalise(
     Returns:
         [N, 3, H, W] of `dtype`.
     """
-    shape = (1, 3, 1, 1)
-    mean_C = torch.tensor(mean, dtype=torch.float32, device=pixels.device).view(shape)
-    std_C = torch.tensor(std, dtype=torch.float32, device=pixels.device).view(shape)
-    return ((pixels.to(torch.float32) / 255.0 - mean_C) / std_C).to(dtype)
+    mean_1C11, std_1C11 = (_per_channel(tuple(values), pixels.device) for values in (mean, std))
+    return ((pixels.to(torch.float32) / 255.0 - mean_1C11) / std_1C11).to(dtype)
+
+
+@functools.cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """fp32 [1, 3, 1, 1]. Copied once, since each copy waits for all that the device was asked to do before."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)

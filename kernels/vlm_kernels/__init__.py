@@ -6,12 +6,14 @@ from vlm_kernels.cross_entropy import linear_cross_entropy, vocab_parallel_cross
 from vlm_kernels.norm import add_rms_norm
 from vlm_kernels.projector import project_image_tokens
 from vlm_kernels.quick_gelu import quick_gelu
+from vlm_kernels.reference import known_on_host
 from vlm_kernels.rotary import rotate_heads
 from vlm_kernels.swiglu import swiglu
 
 __all__ = [
     "add_rms_norm",
     "attention",
+    "known_on_host",
     "linear_cross_entropy",
     "project_image_tokens",
     "quick_gelu",

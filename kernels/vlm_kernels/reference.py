@@ -127,18 +127,40 @@ def check_attention(
 _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+# What the host was told about tensors on a GPU, by tensor.
+_told: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def known_on_host(x: Tensor, values: Tensor) -> None:
+    """Tell that x was copied from `values`, so that functions which check x's values need not wait for its device.
+
+    It holds until x is changed in place; `values`, on the CPU, must stay as it is for as long as x lives.
+
+    Raises:
+        ValueError: the two cannot be copies of each other.
+    """
+    if values.device.type != "cpu" or values.shape != x.shape or values.dtype != x.dtype:
+        raise ValueError(
+            f"values: expected {x.dtype} {tuple(x.shape)} on the cpu, "
+            f"received {values.dtype} {tuple(values.shape)} on {values.device}"
+        )
+    if x.device.type != "cpu" and not x.is_inference():
+        _told[x] = (x._version, values)
+
+
 def values_of(x: Tensor) -> list[Any]:
-    """The tensor's values, waiting for its device once per tensor and in-place change."""
-    return _summarised(x, 0, lambda: x)
+    """The tensor's values, waiting for its device once per tensor and in-place change, or not at all if told."""
+    return _summarised(x, 0, lambda values: values)
 
 
-def _summarised(x: Tensor, key: int, summary: Callable[[], Tensor]) -> list[Any]:
-    """The values of summary(), waiting for x's device once per tensor, in-place change and key."""
+def _summarised(x: Tensor, key: int, summary: Callable[[Tensor], Tensor]) -> list[Any]:
+    """The values of summary(x), waiting for x's device once per tensor, in-place change and key, or not if told."""
     if x.is_inference():  # it does not count its changes
-        return summary().tolist()
+        return summary(x).tolist()
     known = _seen.get(x)
     if known is None or known[0] != (x._version, key):
-        known = _seen[x] = ((x._version, key), summary().tolist())
+        version, values = _told.get(x, (None, x))
+        known = _seen[x] = ((x._version, key), summary(values if version == x._version else x).tolist())
     return known[1]
 
 
@@ -261,9 +283,9 @@ def check_project_image_tokens(
 
 
 def _check_positions(positions: Tensor, num_tokens: int) -> None:
-    def summary() -> Tensor:
-        ends = torch.stack(positions.aminmax())
-        taken = positions.new_zeros(max(num_tokens, 1)).index_fill_(0, positions.clamp(0, max(num_tokens - 1, 0)), 1)
+    def summary(values: Tensor) -> Tensor:
+        ends = torch.stack(values.aminmax())
+        taken = values.new_zeros(max(num_tokens, 1)).index_fill_(0, values.clamp(0, max(num_tokens - 1, 0)), 1)
         return torch.cat([ends, taken.sum(0, keepdim=True)])
 
     low, high, different = _summarised(positions, num_tokens, summary)
@@ -350,9 +372,9 @@ def _check_targets(name: str, x: Tensor, target: Tensor, width: int, group: Grou
     if not len(target):
         return 0
 
-    def summary() -> Tensor:
-        kept = target != ignore_index
-        return torch.stack([*target.masked_fill(~kept, 0).aminmax(), kept.sum()])
+    def summary(values: Tensor) -> Tensor:
+        kept = values != ignore_index
+        return torch.stack([*values.masked_fill(~kept, 0).aminmax(), kept.sum()])
 
     low, high, num_kept = _summarised(target, ignore_index, summary)
     num_words = width * (group.size() if group is not None else 1)

@@ -88,7 +88,7 @@ def batches(config: Config, stage: str) -> list[PackedBatch]:
             samples.append(Sample(tokens, trained, np.arange(3, 3 + patches)))
         pictures = list(draw.integers(0, 256, (len(samples), 3, 336, 336), np.uint8))
         keys = [f"{next(iter(config.stages[stage].data))}/{number}" for number in range(len(samples))]
-        packed.append(pack(samples, pictures, keys, length, 336))
+        packed.append(pack(samples, pictures, keys, length, 336).pin_memory())  # as the loader does
     return packed
 
 
@@ -173,7 +173,25 @@ def measure(stage: str, backend: str, num_layers: int, steps: int, profile: bool
             contestant()
             torch.cuda.synchronize()
         print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=90))
+        print(idle(profiler, longest=12))
     return row
+
+
+def idle(profiler: torch.profiler.profile, longest: int) -> str:
+    """How long the GPU had nothing to do within the profiled step, and the `longest` of those gaps."""
+    events = [one for one in profiler.events() or () if one.device_type == torch.autograd.DeviceType.CUDA]
+    runs = sorted((one.time_range.start, one.time_range.end, one.name) for one in events)
+    first, end, last = runs[0]
+    gaps = []
+    for start, stop, name in runs[1:]:
+        if start > end:
+            gaps.append((start - end, end - first, last, name))
+        if stop > end:
+            end, last = stop, name
+    lines = [f"idle {sum(gap for gap, *_ in gaps) / 1e3:.1f} of {(end - first) / 1e3:.1f} ms; the longest gaps:"]
+    for gap, at, before, after in sorted(gaps, reverse=True)[:longest]:
+        lines.append(f"{gap / 1e3:8.2f} ms at {at / 1e3:8.2f}  after {before[:60]}, before {after[:60]}")
+    return "\n".join(lines)
 
 
 def main() -> None:

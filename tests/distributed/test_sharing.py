@@ -25,7 +25,7 @@ import data_fixtures as fixtures
 NUM_BATCHES = 7
 LARGEST = 2**31 - 1  # token id
 SEQUENCE = 512
-TENSORS = ("tokens_S", "labels_S", "positions_S", "cu_seqlens", "images", "image_positions", "trained_positions")
+TENSORS = ("tokens_S", "positions_S", "cu_seqlens", "images", "image_positions", "trained_positions", "labels_R")
 
 
 def work(rank: int, folder: Path, tensor: int, pipeline: int, data: int) -> None:
@@ -91,7 +91,7 @@ def work(rank: int, folder: Path, tensor: int, pipeline: int, data: int) -> None
         [Sample(np.array([7, LARGEST]), np.array([False, True]), np.zeros(0, int))], [], ["captions/0"], 3, 8
     )
     ((batch, *_),) = taken(feed([largest] if training is not None else None), 1)
-    seen["largest"] = [batch.tokens_S.tolist(), batch.labels_S.tolist()]
+    seen["largest"] = [batch.tokens_S.tolist(), batch.labels_R.tolist()]
     seen["truncated"] = outcome(lambda: opened("truncated"))
     strict = config.model_copy(update={"data": config.data.model_copy(update={"max_rejected_share": 0.01})})
     broken = feed(opened("broken", settings=strict))
@@ -193,7 +193,7 @@ def test_all_ranks_of_a_group_count_alike(ranks: list[dict[str, Any]]) -> None:
         tokens = [tokens for _, _, tokens, *_ in group[0]["batches"]]
         used = [batch.num_tokens for batch, *_ in group[0]["batches"]]
         assert tokens == [sum(used[: index + 1]) for index in range(len(used))]
-    assert all(seen["largest"] == [[7, LARGEST, 0], [LARGEST, -100, -100]] for seen in ranks)
+    assert all(seen["largest"] == [[7, LARGEST, 0], [LARGEST]] for seen in ranks)
     assert all(seen["fetched"] == 3 and seen["undisturbed"] and seen["forgotten"] == ([], 0) for seen in ranks)
 
 

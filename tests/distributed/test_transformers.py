@@ -36,13 +36,13 @@ def batch(*, pictures: bool):
     tokens_S, slots, pixels = inputs()
     return PackedBatch(
         tokens_S=tokens_S,
-        labels_S=tokens_S,
         positions_S=torch.arange(LENGTH),
         cu_seqlens=torch.tensor([0, LENGTH], dtype=torch.int32),
         max_seqlen=LENGTH,
         images=pixels if pictures else pixels[:0],
         image_positions=slots if pictures else slots[:0],
         trained_positions=torch.zeros(1, dtype=torch.int64),
+        labels_R=tokens_S[1:2],
         sample_keys=("sample",),
     )
 

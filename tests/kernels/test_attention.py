@@ -346,6 +346,19 @@ def test_borders_changed_in_place_are_looked_at_again():
         reference.attention(x, x, x, causal=True, cu_seqlens=borders_4)
 
 
+def test_what_the_host_knows_is_not_read_from_the_device():
+    """A meta tensor has no values to read."""
+    x, borders_4 = made(4, 2, 64).to("meta"), borders(0, 4).to("meta")
+    reference.known_on_host(borders_4, borders(0, 3))
+    with pytest.raises(ValueError, match="cu_seqlens: its segments hold 3 tokens, q has 4"):
+        reference.check_attention(x, x, x, True, borders_4, 4, None, None)
+    borders_4.add_(1)
+    with pytest.raises(NotImplementedError, match="meta"):
+        reference.check_attention(x, x, x, True, borders_4, 4, None, None)
+    with pytest.raises(ValueError, match=r"values: expected torch.int32 \(2,\) on the cpu, received .* \(3,\) on cpu"):
+        reference.known_on_host(borders_4, borders(0, 1, 4))
+
+
 @pytest.mark.parametrize(
     ("x", "message"),
     [

@@ -28,16 +28,15 @@ def _packed(length: int) -> PackedBatch:
 def test_labels_are_the_next_tokens_of_the_same_sample() -> None:
     batch = _packed(24)
     assert batch.tokens_S.tolist() == [*FIRST.tokens_L, *SECOND.tokens_L, 0, 0, 0, 0]
-    expected = [-100] * 5 + [30, 2, -100] + [-100] * 3 + [31, 32, 2, -100, -100, -100, 33, 2, -100] + [-100] * 4
-    assert batch.labels_S.tolist() == expected
     assert batch.trained_positions.tolist() == [5, 6, 11, 12, 13, 17, 18]
-    assert torch.equal(batch.tokens_S[batch.trained_positions + 1], batch.labels_S[batch.trained_positions])
+    assert batch.labels_R.tolist() == [30, 2, 31, 32, 2, 33, 2]
+    assert torch.equal(batch.tokens_S[batch.trained_positions + 1], batch.labels_R)
 
 
 def test_a_trained_first_token_is_not_the_label_of_the_sample_before() -> None:
     trained = _sample([5, 6], [0, 1])
     batch = pack([trained, trained], [], ["a/1", "a/2"], 4, 2)
-    assert batch.labels_S.tolist() == [6, -100, 6, -100]
+    assert batch.trained_positions.tolist() == [0, 2] and batch.labels_R.tolist() == [6, 6]
 
 
 def test_padding_is_a_segment_of_its_own() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import data_fixtures as fixtures
+import numpy as np
 import pytest
 import torch
 
@@ -60,7 +61,7 @@ def _keys(batches: list[PackedBatch]) -> list[str]:
 
 
 def _equal(one: PackedBatch, other: PackedBatch) -> bool:
-    tensors = ("tokens_S", "labels_S", "positions_S", "cu_seqlens", "images", "image_positions", "trained_positions")
+    tensors = ("tokens_S", "positions_S", "cu_seqlens", "images", "image_positions", "trained_positions", "labels_R")
     return one.sample_keys == other.sample_keys and all(
         torch.equal(getattr(one, name), getattr(other, name)) for name in tensors
     )
@@ -86,8 +87,9 @@ def test_tokens_labels_and_pictures_stay_together(open_loader: Open, folder: Pat
             record = records[data_set][int(position)]
             expected = prompter.training(record["conversations"], int("image" in record))
             assert batch.tokens_S[start:end].tolist() == expected.tokens_L.tolist()
-            trained = batch.labels_S[start : end - 1] != -100
-            assert trained.tolist() == expected.trained_L[1:].tolist()
+            positions = batch.trained_positions.numpy()
+            positions = positions[(positions >= start) & (positions < end)] - start
+            assert positions.tolist() == np.flatnonzero(expected.trained_L[1:]).tolist()
             num_text_only += "image" not in record
             if "image" in record:
                 assert fixtures.picture_index(next(pictures)) == int(position)

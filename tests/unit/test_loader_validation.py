@@ -47,7 +47,7 @@ def _keys(batches: list[PackedBatch]) -> list[str]:
 
 
 def _equal(one: PackedBatch, other: PackedBatch) -> bool:
-    tensors = ("tokens_S", "labels_S", "positions_S", "cu_seqlens", "images", "image_positions", "trained_positions")
+    tensors = ("tokens_S", "positions_S", "cu_seqlens", "images", "image_positions", "trained_positions", "labels_R")
     return one.sample_keys == other.sample_keys and all(
         torch.equal(getattr(one, name), getattr(other, name)) for name in tensors
     )
@@ -82,7 +82,7 @@ def test_the_sequences_do_not_depend_on_the_number_of_ranks(open_validation: Ope
     assert len(padding) == world - 1 > 0
     for batch in padding:
         assert batch.sample_keys == () and batch.num_tokens == 0 and len(batch.images) == 0
-        assert len(batch.trained_positions) == 0 and (batch.labels_S == -100).all()
+        assert len(batch.trained_positions) == 0 and len(batch.labels_R) == 0
         assert batch.cu_seqlens.tolist() == [0, SEQUENCE]
 
 

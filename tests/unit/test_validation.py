@@ -13,9 +13,10 @@ from train_toy import batches, settings, toy
 from vlm import parallel
 from vlm.batch import PackedBatch, Sample, pack
 from vlm.train import optimizer as optimizers
-from vlm.train.feed import Feed
+from vlm.train.feed import LOOKED_AT, Feed
 from vlm.train.stop import Stop
 from vlm.train.validation import Progress, Validation
+from vlm_kernels import reference
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +112,19 @@ def test_feed_knows_the_data_set_of_every_trained_token():
     next(feed)
     assert feed.sets_R.tolist() == []
     assert (feed.trained, feed.tokens, feed.pairs) == ([1, 6], 24, 4 * 21)
+
+
+def test_what_the_kernels_check_is_not_read_from_the_device():
+    """A meta tensor has no values to read."""
+    sample = Sample(numpy.arange(1, 7), numpy.arange(6) > 3, numpy.array([1, 2]))
+    batch = pack([sample], [numpy.zeros((3, 8, 8), numpy.uint8)], ["a/1"], 8, 8)
+    moved = next(Feed(iter([batch]), torch.device("meta"), ["a"]))
+    for name in LOOKED_AT:
+        assert getattr(moved, name).is_meta
+        assert reference.values_of(getattr(moved, name)) == getattr(batch, name).tolist()
+    weight = torch.zeros(5, 4, device="meta")
+    with pytest.raises(ValueError, match="target: received 6, the vocabulary has 5 entries"):
+        reference.check_linear_cross_entropy(weight[:2], weight, moved.labels_R, None, -100)
 
 
 def test_a_time_budget_leaves_room_for_a_validation():

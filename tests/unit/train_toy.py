@@ -61,7 +61,7 @@ def toy(dtype=torch.float32):
         def forward(self, batch: PackedBatch) -> torch.Tensor:
             rows_RD = self.table_VD[batch.tokens_S[batch.trained_positions]]
             out = self.trained(torch.tanh(self.frozen(rows_RD))).float()
-            labels_R = batch.labels_S[batch.trained_positions] % 4
+            labels_R = batch.labels_R % 4
             return torch.nn.functional.cross_entropy(out, labels_R, reduction="none")
 
     torch.manual_seed(2)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from vlm import checkpoint as checkpoints
 from vlm import config as configuration
 from vlm import files, loader
-from vlm.batch import IGNORE, PackedBatch
+from vlm.batch import PackedBatch
 from vlm.config import Config
 from vlm.prompt import Prompter
 
@@ -157,7 +157,7 @@ def _kinds(batch: PackedBatch) -> np.ndarray:
     """What each slot holds: `text`, `trained`, `image` or `padding`. A trained token is the slot before's label."""
     kinds_S = np.full(len(batch.tokens_S), "text", dtype="<U7")
     kinds_S[batch.image_positions.numpy()] = "image"
-    kinds_S[np.flatnonzero(batch.labels_S.numpy() != IGNORE) + 1] = "trained"
+    kinds_S[batch.trained_positions.numpy() + 1] = "trained"
     kinds_S[batch.num_tokens :] = "padding"
     return kinds_S
 

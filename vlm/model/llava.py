@@ -80,7 +80,7 @@ class Llava(MegatronModule):
         hidden_SBD = self.hidden(batch, rows=None if self.config.sequence_parallel else rows_R)
         if not self.post_process:
             return hidden_SBD
-        return self.language_model.losses(hidden_SBD, rows_R, batch.labels_S.index_select(0, rows_R))
+        return self.language_model.losses(hidden_SBD, rows_R, batch.labels_R)
 
     def hidden(self, batch: PackedBatch, *, cached: Tokens | None = None, rows: Tensor | None = None) -> Tensor:
         """Activations [S, 1, D] of one packed sequence after this stage's layers; `cached` if they are to be kept.

@@ -14,8 +14,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+import vlm_kernels
 from vlm.batch import PackedBatch
 from vlm.train.sharing import Sharing, Tensors
+
+LOOKED_AT = ("cu_seqlens", "image_positions", "labels_R")
+"""Tensors whose values the kernels check."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,9 @@ class Feed(Iterator[PackedBatch]):
         self.pairs += contents.pairs
         self.trained = [sum(pair) for pair in zip(self.trained, contents.trained, strict=True)]
         moved: dict[str, Any] = {name: value.to(self._device, non_blocking=True) for name, value in tensors.items()}
+        if self._sharing is None:
+            for name in LOOKED_AT:
+                vlm_kernels.known_on_host(moved[name], tensors[name])
         self.sets_R = moved.pop("sets_R", None)
         return PackedBatch(**moved, max_seqlen=contents.max_seqlen, sample_keys=contents.keys)
 

@@ -68,7 +68,8 @@ def table_of(borders: Tensor, backward: bool) -> Tensor:
             tiles += [(start, end - start, number, first) for number in range(triton.cdiv(end - start, TILE))]
         forwards = sorted(tiles, key=lambda tile: -tile[2])
         backwards = sorted(tiles, key=lambda tile: tile[2] - triton.cdiv(tile[1], TILE))
-        both = torch.tensor([forwards, backwards], dtype=torch.int32).to(borders.device, non_blocking=True)
+        both = torch.tensor([forwards, backwards], dtype=torch.int32, pin_memory=borders.is_cuda)
+        both = both.to(borders.device, non_blocking=True)
         known = _tables[borders] = (version, both)
     return known[1][int(backward)]
 
