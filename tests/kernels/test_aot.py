@@ -9,7 +9,7 @@ import pytest
 
 
 def test_a_kernel_that_is_not_as_recorded_is_refused(tmp_path, monkeypatch):
-    kernel = aot.Compiled("some_kernel bfloat16", 8, 3, 32, 0, 0, 4, 1)
+    kernel = aot.Compiled("some_kernel bfloat16", 8, 3, 32, 0, 0, 4, 1, 0)
     monkeypatch.setattr(aot, "RECORD", tmp_path / "compiled.txt")
     aot.record([f".{kernel}"])
     aot.check_recorded([kernel])

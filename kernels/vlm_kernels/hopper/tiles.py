@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -46,8 +47,12 @@ def multiprocessors(x: Tensor) -> int:
 def rows_of(x: Tensor, rows: int) -> TensorDescriptor:
     """x [S, .., K] as a matrix of S rows in which a head is K columns, to be copied `rows` rows of a head at once."""
     block = [rows, x.shape[-1]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[x.dtype])
-    return TensorDescriptor(x, [len(x), _width(x)], [x.stride(0), 1], block, layout)
+    return TensorDescriptor(x, [len(x), _width(x)], [x.stride(0), 1], block, _layout(*block, x.dtype))
+
+
+@functools.cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], ELEMENTS[dtype])
 
 
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
