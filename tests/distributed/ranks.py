@@ -1,4 +1,7 @@
-"""Starts the ranks of a test: forked from a process that has imported everything, and met through a file."""
+"""Starts the ranks of a test, which meet through a file.
+
+Each has a GPU of its own where there are enough of them, and speaks NCCL; else all are on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,16 @@ import time
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import torch
+from torch import distributed
 
 for folder in ("distributed", "unit", "end_to_end"):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / folder))  # the processes import tests by name
 
-_CONTEXT = multiprocessing.get_context("forkserver")
+# Importing megatron-core where there is a GPU starts CUDA, which does not survive a fork.
+_CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 _CONTEXT.set_forkserver_preload(["vlm.train.trainer", "vlm.model.builder", "ranks"])
 
 
@@ -23,8 +31,10 @@ def launch(world: int, function: Any, *arguments: Any, seconds: float = 120.0) -
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{folder}/store"  # no port, so tests beside this one cannot collide
         ranks = [_CONTEXT.Process(target=_run, args=(rank, world, store, function, arguments)) for rank in range(world)]
-        for process in ranks:
-            process.start()
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if torch.cuda.device_count() < world else {}
+        with mock.patch.dict(os.environ, hidden):
+            for process in ranks:
+                process.start()
         end = time.monotonic() + seconds
         while time.monotonic() < end and all(process.exitcode in (0, None) for process in ranks):
             running = [process.sentinel for process in ranks if process.exitcode is None]
@@ -39,10 +49,11 @@ def launch(world: int, function: Any, *arguments: Any, seconds: float = 120.0) -
 
 
 def _run(rank: int, world: int, store: str, function: Any, arguments: Any) -> None:
-    import torch
-    from torch import distributed
-
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    backend = "gloo"
+    if torch.cuda.device_count() >= world:
+        torch.cuda.set_device(rank)
+        backend = "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(backend, init_method=store, rank=rank, world_size=world)
     function(*arguments)

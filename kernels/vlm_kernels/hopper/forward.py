@@ -8,7 +8,7 @@ warp groups take 64 of the rows each. A group starts the products for the scores
 the last ones together, then computes the softmax: with two groups out of step, the matrix unit works for one while the
 other one computes.
 
-On an H200, with the portable kernel's time in brackets: 0.81 ms (1.23) at S 8192, 0.160 (0.164) for CLIP, 0.29 (0.44)
+On an H200, with the portable kernel's time in brackets: 0.77 ms (1.23) at S 8192, 0.160 (0.164) for CLIP, 0.28 (0.44)
 for a pack of 16,384 tokens. Tried and left out: a turn for each group, two tiles of q, and keeping ptxas from moving
 the wait for the values up over the softmax. Together they gained 4 % at S 1024, nothing at S 8192, and cost 7 % for
 CLIP.
