@@ -124,4 +124,5 @@ def normalise(
 @functools.cache
 def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """fp32 [1, 3, 1, 1]. Copied once, since each copy waits for all that the device was asked to do before."""
-    return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+    with torch.inference_mode(False):  # for what is trained later too
+        return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)

@@ -150,10 +150,10 @@ def known_on_host(x: Tensor, values: Tensor) -> None:
 
 def values_of(x: Tensor) -> list[Any]:
     """The tensor's values, waiting for its device once per tensor and in-place change, or not at all if told."""
-    return _summarised(x, 0, lambda values: values)
+    return _summarised(x, "values", lambda values: values)
 
 
-def _summarised(x: Tensor, key: int, summary: Callable[[Tensor], Tensor]) -> list[Any]:
+def _summarised(x: Tensor, key: object, summary: Callable[[Tensor], Tensor]) -> list[Any]:
     """The values of summary(x), waiting for x's device once per tensor, in-place change and key, or not if told."""
     if x.is_inference():  # it does not count its changes
         return summary(x).tolist()
@@ -288,7 +288,7 @@ def _check_positions(positions: Tensor, num_tokens: int) -> None:
         taken = values.new_zeros(max(num_tokens, 1)).index_fill_(0, values.clamp(0, max(num_tokens - 1, 0)), 1)
         return torch.cat([ends, taken.sum(0, keepdim=True)])
 
-    low, high, different = _summarised(positions, num_tokens, summary)
+    low, high, different = _summarised(positions, ("positions", num_tokens), summary)
     if low < 0 or high >= num_tokens:
         raise ValueError(f"positions: received {low} .. {high}, into has the rows 0 .. {num_tokens - 1}")
     if different != len(positions):
@@ -376,7 +376,7 @@ def _check_targets(name: str, x: Tensor, target: Tensor, width: int, group: Grou
         kept = values != ignore_index
         return torch.stack([*values.masked_fill(~kept, 0).aminmax(), kept.sum()])
 
-    low, high, num_kept = _summarised(target, ignore_index, summary)
+    low, high, num_kept = _summarised(target, ("targets", ignore_index), summary)
     num_words = width * (group.size() if group is not None else 1)
     if low < 0 or high >= num_words:
         wrong = low if low < 0 else high

@@ -1,6 +1,6 @@
 """Starts the ranks of a test, which meet through a file.
 
-Each has a GPU of its own where there are enough of them, and speaks NCCL; else all are on the CPU.
+They are on the CPU; with `gpus`, each has one of its own, and speaks NCCL, where there are enough of them.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else
 _CONTEXT.set_forkserver_preload(["vlm.train.trainer", "vlm.model.builder", "ranks"])
 
 
-def launch(world: int, function: Any, *arguments: Any, seconds: float = 120.0) -> None:
+def launch(world: int, function: Any, *arguments: Any, seconds: float = 120.0, gpus: bool = False) -> None:
     """Run `function(*arguments)` on `world` ranks; fails as soon as one of them does."""
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{folder}/store"  # no port, so tests beside this one cannot collide
         ranks = [_CONTEXT.Process(target=_run, args=(rank, world, store, function, arguments)) for rank in range(world)]
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if torch.cuda.device_count() < world else {}
+        hidden = {} if gpus and torch.cuda.device_count() >= world else {"CUDA_VISIBLE_DEVICES": ""}
         with mock.patch.dict(os.environ, hidden):
             for process in ranks:
                 process.start()
@@ -52,7 +52,7 @@ def _run(rank: int, world: int, store: str, function: Any, arguments: Any) -> No
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     backend = "gloo"
-    if torch.cuda.device_count() >= world:
+    if torch.cuda.is_available():
         torch.cuda.set_device(rank)
         backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend, init_method=store, rank=rank, world_size=world)

@@ -174,7 +174,7 @@ def run(
     """Train a stage of `folder` in processes of their own; returns `out`."""
     out.mkdir(parents=True, exist_ok=True)
     arguments = settings(out / "config.yaml", **layout), stage, start_from or folder / "combined", folder / "data", out
-    ranks.launch(layout.get("ranks_per_node", 1), train, *arguments, first, broken)
+    ranks.launch(layout.get("ranks_per_node", 1), train, *arguments, first, broken, gpus=True)
     return out
 
 

@@ -70,6 +70,17 @@ def test_pixels_equal_transformers(case: str, mode: images.Resize) -> None:
     np.testing.assert_array_equal(normalised[0].numpy(), _reference(original, mode))
 
 
+def test_pixels_that_learn_may_follow_those_of_inference() -> None:
+    """The constants are made once, and autograd refuses to keep tensors of inference."""
+    mean, std = (0.1, 0.2, 0.3), (0.7, 0.8, 0.9)
+    with torch.inference_mode():
+        images.normalise(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), mean, std, torch.float32)
+    pixels = torch.zeros(1, 3, 2, 2, requires_grad=True)
+    images.normalise(pixels, mean, std, torch.float32).sum().backward()
+    expected = (1 / 255 / torch.tensor(std)).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    torch.testing.assert_close(pixels.grad, expected)
+
+
 def test_path_and_bytes_give_the_same_picture(tmp_path: Path) -> None:
     path = tmp_path / "picture.jpg"
     path.write_bytes(_bytes(_picture(40, 30), "JPEG"))

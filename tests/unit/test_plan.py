@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import yaml
@@ -95,6 +96,14 @@ def test_a_step_takes_as_long_as_it_was_measured():
         step = speed.of_training(config, "pretrain", recipe_bases(), resources.gpu("h200"), share)
         assert step.seconds == pytest.approx(row["seconds"], rel=0.03)
         assert step.waiting_seconds == 0
+
+
+def test_shares_of_the_peak_are_the_measured_ones():
+    rows = json.loads((ROOT / "tests/benches/results/training_step_nvidia-h200.json").read_text())
+    assert {(row["backend"], row["stage"] == "sft") for row in rows} == set(speed.MEASURED)
+    for (backend, learns), share in speed.MEASURED.items():
+        found = [row["mfu"] for row in rows if (row["backend"], row["stage"] == "sft") == (backend, learns)]
+        assert share == pytest.approx(mean(found), abs=5e-4)
 
 
 def test_waiting_by_hand():

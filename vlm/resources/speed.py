@@ -27,11 +27,11 @@ from vlm.resources.workload import of_sequence
 MEASURED = {
     ("triton", False): 0.588,
     ("transformer_engine", False): 0.472,
-    ("triton", True): 0.514,
+    ("triton", True): 0.515,
     ("transformer_engine", True): 0.455,
 }
-"""Share of the peak (model FLOPs, MFU) by backend and whether the language model learns: one H200, one rank,
-tests/benches/results/training_step_nvidia-h200.json."""
+"""Share of the peak (model FLOPs, MFU) by backend and whether the language model learns: one H200, one rank, mean
+of the runs in tests/benches/results/training_step_nvidia-h200.json."""
 ASSUMED = 0.3
 """Of a backend that was not measured."""
 LINK_SHARE = 0.8

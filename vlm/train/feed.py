@@ -32,6 +32,8 @@ class _Contents:
     images: int
     pairs: int
     trained: list[int]
+    looked_at: dict[str, torch.Tensor]
+    """The tensors of LOOKED_AT, on the CPU."""
 
 
 class Feed(Iterator[PackedBatch]):
@@ -82,9 +84,8 @@ class Feed(Iterator[PackedBatch]):
         self.pairs += contents.pairs
         self.trained = [sum(pair) for pair in zip(self.trained, contents.trained, strict=True)]
         moved: dict[str, Any] = {name: value.to(self._device, non_blocking=True) for name, value in tensors.items()}
-        if self._sharing is None:
-            for name in LOOKED_AT:
-                vlm_kernels.known_on_host(moved[name], tensors[name])
+        for name, values in contents.looked_at.items():
+            vlm_kernels.known_on_host(moved[name], values)
         self.sets_R = moved.pop("sets_R", None)
         return PackedBatch(**moved, max_seqlen=contents.max_seqlen, sample_keys=contents.keys)
 
@@ -122,5 +123,6 @@ class Feed(Iterator[PackedBatch]):
             images=len(batch.images),
             pairs=int((lengths * (lengths + 1)).sum()) // 2,
             trained=trained,
+            looked_at={name: tensors[name] for name in LOOKED_AT},
         )
         return contents, tensors

@@ -18,9 +18,8 @@ shared memory, for dq. ptxas puts all products one behind the other if one is un
 if a branch lies between two: a tile's own queries have a loop of their own.
 
 Memory, in elements beyond the gradients: sums S H K in fp32, S rounded up to whole tiles per segment; delta S H. On an
-H200, with cuDNN's time in brackets: 2.44 ms (2.61) at S 8192 with 32/8 heads of 128, 1.32 (1.47) for two of S 4096,
-0.39 (0.45) for CLIP. A pack of 16 samples takes 351 us; 300 with the sums of a tile's own queries not
-fetched and dq not written.
+H200, with cuDNN's time in brackets: 2.44 ms (2.62) at S 8192 with 32/8 heads of 128, 1.32 (1.47) for two of S 4096,
+0.39 (0.45) for CLIP.
 
 Shapes: B batch, S sequence, T packed tokens, H query heads, G key/value heads, K head dim, M query tile, N key tile.
 """
