@@ -626,7 +626,7 @@ def attention(
         k, v: [S', B, G, K], or [T, G, K]; H is a multiple of G. `causal` needs S' = S.
         causal: query i of a sequence sees its keys 0..i only.
         cu_seqlens: int32 [n + 1] from 0 to T; tokens attend within [cu_seqlens[i], cu_seqlens[i + 1]) only. Its values
-            are looked at once per tensor, which on a GPU waits for the device; later calls with it do not.
+            are looked at once per tensor, which on a GPU waits for the device unless they are `known_on_host`.
         max_seqlen: upper bound on the segments' lengths; only checked, the kernels do not need it.
         softmax_scale: positive, default K ** -0.5.
         key_ranges: int32 [B, 2], without `causal` and `cu_seqlens`: sample b sees keys key_ranges[b, 0] up to, not

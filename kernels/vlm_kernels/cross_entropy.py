@@ -323,7 +323,7 @@ def linear_cross_entropy(
         weight: [V, D] of the same type, this rank's slice of the vocabulary, in rank order.
         target: int64 [R], indices into the whole vocabulary; `ignore_index` rows give 0 and no gradient, and are
             never multiplied. How many those are, and that the others lie in the vocabulary, is looked at once per
-            tensor, which on a GPU waits for the device.
+            tensor, which on a GPU waits for the device unless they are `known_on_host`.
         group: tensor-parallel process group, None for one rank. Its ranks hold slices of one width.
 
     Returns:

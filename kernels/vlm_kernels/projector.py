@@ -372,7 +372,7 @@ def project_image_tokens(
         activation: "gelu" (exact, by erf) or "gelu_tanh".
         into: [T, D] token embeddings; not modified.
         positions: int64 [N * P], rows of `into` in picture order, each at most once. Its values are looked at once per
-            tensor, which on a GPU waits for the device.
+            tensor, which on a GPU waits for the device unless they are `known_on_host`.
         group: tensor-parallel process group, None for one rank. All but the weights and bias1 is equal on its ranks.
 
     Returns:
