@@ -2,7 +2,7 @@
 
     python tests/benches/bench_training_step.py --stage pretrain
     python tests/benches/bench_training_step.py --stage sft --layers 16      as many as fit with an optimizer
-    python tests/benches/bench_training_step.py --stage pretrain --profile     the kernels that take the time
+    python tests/benches/bench_training_step.py --stage pretrain --profile     what takes the time, when the GPU waits
 
 Mistral-7B and CLIP ViT-L/14@336px with random weights, config/config.yaml's stage on one rank, packed sequences of
 captions of about 610 tokens (576 of them image), or of conversations for SFT. Every backend trains the same model on
