@@ -52,7 +52,7 @@ class PackedBatch:
     trained_positions: torch.Tensor
     """int64 [R], slots whose next token is trained: of the same sample, and part of an answer."""
     labels_R: torch.Tensor
-    """int64 [R], those next tokens."""
+    """int64 [R], those next tokens, gathered where they can be checked without asking a GPU."""
     sample_keys: tuple[str, ...]
     """`<data set>/<sample>` of each sample, in order."""
 

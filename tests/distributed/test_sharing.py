@@ -33,6 +33,7 @@ def work(rank: int, folder: Path, tensor: int, pipeline: int, data: int) -> None
     torch.set_num_threads(1)
     from torch import distributed
 
+    import vlm_kernels
     from vlm import config as settings
     from vlm import loader, parallel
     from vlm.batch import Sample, pack
@@ -72,6 +73,12 @@ def work(rank: int, folder: Path, tensor: int, pipeline: int, data: int) -> None
             counted.append((own, source.sets_R, source.tokens, source.pairs, list(source.trained)))
         return counted
 
+    told = []
+
+    def tell(x: torch.Tensor, values: torch.Tensor) -> None:
+        told.append(bool(torch.equal(x, values)))
+
+    vlm_kernels.known_on_host = tell
     training = opened("data")
     source = feed(training)
     generators = torch.get_rng_state()
@@ -79,6 +86,7 @@ def work(rank: int, folder: Path, tensor: int, pipeline: int, data: int) -> None
     seen["fetched"] = source.fetch(3)
     seen["batches"] += taken(source, 3)
     seen["undisturbed"] = bool(torch.equal(generators, torch.get_rng_state()))
+    seen["told"] = list(told)
     source.begin()
     seen["forgotten"] = (source.keys, source.tokens)
     held_out = feed(opened("data", "val"))
@@ -194,6 +202,7 @@ def test_all_ranks_of_a_group_count_alike(ranks: list[dict[str, Any]]) -> None:
         used = [batch.num_tokens for batch, *_ in group[0]["batches"]]
         assert tokens == [sum(used[: index + 1]) for index in range(len(used))]
     assert all(seen["largest"] == [[7, LARGEST, 0], [LARGEST]] for seen in ranks)
+    assert all(seen["told"] == [True] * 3 * (NUM_BATCHES + 3) for seen in ranks), "of borders, positions and labels"
     assert all(seen["fetched"] == 3 and seen["undisturbed"] and seen["forgotten"] == ([], 0) for seen in ranks)
 
 

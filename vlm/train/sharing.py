@@ -1,8 +1,8 @@
 """Batches are built once per model-parallel group, by its first rank; here the other ranks get them.
 
-What they must know on the host (sizes, counts, sample keys, a refusal) travels as an object between the hosts. In the
-device's buffer it would have to be read back, and the host would wait for everything that the device was asked to do
-before. All tensors follow in one flat buffer, pictures as uint8 and whole numbers as int32.
+What they must know on the host (sizes, counts, sample keys, what the kernels check, a refusal) travels as an object
+between the hosts. In the device's buffer it would have to be read back, and the host would wait for everything that the
+device was asked to do before. All tensors follow in one flat buffer, pictures as uint8 and whole numbers as int32.
 """
 
 from __future__ import annotations
