@@ -50,7 +50,7 @@ def launch(world: int, function: Any, *arguments: Any, seconds: float = 120.0, g
 
 def _run(rank: int, world: int, store: str, function: Any, arguments: Any) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
