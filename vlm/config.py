@@ -449,12 +449,26 @@ def validate(tree: dict[str, Any], where: str = "the configuration") -> Config:
         raise ValueError(f"{where} has {len(lines)} mistake(s):\n  " + "\n  ".join(lines)) from None
 
 
-def load(path: str | Path) -> Config:
-    """Read a resolved configuration, as the workflow writes it to `results/{run}/config.yaml`."""
-    with open(path) as stream:
-        tree = yaml.safe_load(stream)
+def read(path: str | Path) -> dict[str, Any]:
+    """The settings in a file as they stand there: a whole configuration or an overlay.
+
+    Raises:
+        ValueError: naming the file, which cannot be read or holds something else.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: is not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+    return tree
+
+
+def load(path: str | Path) -> Config:
+    """Read a resolved configuration, as the workflow writes it to `results/{run}/config.yaml`."""
+    tree = read(path)
     try:
         return validate(tree, where=str(path))
     except ValueError as error:

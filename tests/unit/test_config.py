@@ -145,10 +145,22 @@ def test_an_overlay_by_itself_is_recognised(tmp_path: Path) -> None:
     assert "an overlay by itself" not in str(refused.value)
 
 
-def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("- a list\n")
-    with pytest.raises(ValueError, match=r"config\.yaml.*list"):
-        load(tmp_path / "config.yaml")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- a list\n", "expected a mapping of settings, found list"),
+        (b"seed: 1\n\tname: x\n", r"is not YAML: [\s\S]*line 2, column 1"),
+        (b"\x9d\xff", "is not YAML: .*invalid start byte"),
+        (None, "cannot be read: No such file or directory"),
+    ],
+    ids=["list", "tab", "binary", "missing"],
+)
+def test_a_file_without_settings_is_refused_by_name(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"config\.yaml: {message}"):
+        load(path)
 
 
 def test_the_lineage_of_a_stage() -> None:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vlm import config as settings
 from vlm import resources
 from vlm.estimate import layouts
@@ -65,10 +63,7 @@ def plan(
 def _load(paths: Sequence[Path]) -> settings.Config:
     merged: Any = {}
     for path in paths:
-        content = yaml.safe_load(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError(f"{path}: expected a mapping of settings, found {type(content).__name__}")
-        merged = _over(merged, content)
+        merged = _over(merged, settings.read(path))
     return settings.validate(merged, where=" with ".join(map(str, paths)))
 
 
